@@ -1,0 +1,130 @@
+"""AffinityNet (Ahn & Kwak, CVPR 2018, Sec. 3.2): pixel features whose L1 distance is semantic affinity, and its loss."""
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models.trunk import Network
+
+IGNORE = 255
+BRANCHES = (64, 128, 256)  # output channels of the heads on the last three stages (PSA, Sec. 4.1)
+
+
+class AffinityNet(Network):
+    """Trunk + affinity head: 1x1 convolutions on the last three stages, ELU, concatenated, 1x1, ELU (PSA, Sec. 3.2).
+
+    Features always lie on the stride-8 grid: a deeper stage at stride 16 is resampled to the grid of the first head.
+    """
+
+    def __init__(self, trunk):
+        super().__init__(trunk)
+        self.heads = nn.ModuleList(
+            nn.Conv2d(trunk.channels[stage], width, 1, bias=False) for stage, width in zip(trunk.stages, BRANCHES))
+        self.fuse = nn.Conv2d(sum(BRANCHES), sum(BRANCHES), 1, bias=False)
+        for head in self.heads:
+            nn.init.kaiming_normal_(head.weight)
+        # An orthogonal map of gain 4 spreads the distances at the start, so that exp(-d) is not 1 everywhere.
+        nn.init.orthogonal_(self.fuse.weight.view(self.fuse.out_channels, -1), gain=4.0)
+
+    def forward(self, images):
+        """images: (B, 3, H, W) normalised RGB.  Returns features (B, 448, ceil(H/8), ceil(W/8))."""
+        maps = self.trunk(images)
+        grid = maps[self.trunk.stages[0]].shape[-2:]
+        branches = [F.elu(head(maps[stage])) for head, stage in zip(self.heads, self.trunk.stages)]
+        branches = [branch if branch.shape[-2:] == grid
+                    else F.interpolate(branch, size=grid, mode="bilinear", align_corners=True) for branch in branches]
+        return F.elu(self.fuse(torch.cat(branches, dim=1)))  # (B, 448, h, w)
+
+
+def pair_views(x, offset):
+    """Two views of x (..., h, w) such that the same entry of both is a pixel and its partner at (dy, dx), dy >= 0."""
+    dy, dx = offset
+    h, w = x.shape[-2:]
+    left, right = max(0, -dx), max(0, dx)
+    return x[..., :h - dy, left:w - right], x[..., dy:, right:w - left]
+
+
+def pair_affinity(features, offset):
+    """exp(-mean_d |f_i(d) - f_j(d)|) of all pairs at one offset (PSA, Eq. 1).
+
+    features: (B, D, h, w) float32.  offset: (dy, dx), dy >= 0.  Returns (B, h - dy, w - |dx|) in (0, 1].
+    """
+    first, second = pair_views(features, offset)
+    return torch.exp(-(first - second).abs().mean(dim=1))
+
+
+def affinity_stencil(features, offsets):
+    """Affinities of every pixel with its partners, as `utils.random_walk` takes them.
+
+    features: (D, h, w) of one image.  Returns (P, h, w) float32 in [0, 1]: entry [p, y, x] pairs (y, x) with
+    (y + dy_p, x + dx_p), and is 0 where the partner lies outside the grid.
+    """
+    features = features.float()
+    stencil = features.new_zeros(len(offsets), *features.shape[-2:])
+    for plane, offset in zip(stencil, offsets):
+        pair_views(plane, offset)[0].copy_(pair_affinity(features[None], offset)[0])
+    return stencil
+
+
+KINDS = ("bg", "fg", "neg")  # background-positive, foreground-positive and negative pairs
+SHARES = (0.25, 0.25, 0.5)  # their weights in the loss (PSA, Eq. 5)
+EPS = 1e-5  # keeps log(1 - a) finite for identical features, as in PSA's code
+
+
+def affinity_loss(features, labels, offsets):
+    """Balanced binary cross-entropy over pixel pairs (PSA, Eqs. 3 to 5).
+
+    features: (B, D, h, w).  labels: (B, h, w) integer; 0 background, 1.. classes, 255 not counted.
+    offsets: pairs, from `utils.random_walk.half_disc`.
+    Returns (loss, terms): 1/4 background-positive + 1/4 foreground-positive + 1/2 negative, each a mean over its own
+    pairs of the batch, and the three means as a detached (3,) tensor in the order of KINDS.  A kind without pairs is 0.
+    Raises ValueError if labels and features lie on different grids.
+    """
+    if features.shape[-2:] != labels.shape[-2:]:
+        raise ValueError(f"labels are on a {tuple(labels.shape[-2:])} grid, features on {tuple(features.shape[-2:])}")
+    sums, counts = _PairSums.apply(features.float(), labels, offsets)
+    terms = sums / counts.clamp(min=1)
+    return (terms * terms.new_tensor(SHARES)).sum(), terms.detach()
+
+
+class _PairSums(torch.autograd.Function):
+    """Sum of -log-likelihoods and count of pairs, by kind, over all offsets: (3,) and (3,).
+
+    Autograd would keep |f_i - f_j| for every offset, 34 x the features; here the backward pass computes it again, so
+    that memory holds one offset at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, features, labels, offsets):
+        ctx.save_for_backward(features, labels)
+        ctx.offsets = offsets
+        sums, counts = features.new_zeros(3), features.new_zeros(3)
+        for offset in offsets:
+            affinity = pair_affinity(features, offset)  # (B, h', w')
+            positive, negative = -torch.log(affinity + EPS), -torch.log1p(EPS - affinity)
+            for kind, mask in enumerate(_kind_masks(labels, offset)):
+                sums[kind] += (negative if KINDS[kind] == "neg" else positive)[mask].sum()
+                counts[kind] += mask.sum()
+        ctx.mark_non_differentiable(counts)
+        return sums, counts
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        features, labels = ctx.saved_tensors
+        out = torch.zeros_like(features)
+        for offset in ctx.offsets:
+            first, second = pair_views(features, offset)
+            difference = first - second  # (B, D, h', w')
+            affinity = torch.exp(-difference.abs().mean(dim=1))
+            background, foreground, negative = (mask * weight for mask, weight in zip(_kind_masks(labels, offset), grad))
+            slope = (background + foreground) * affinity / (affinity + EPS) - negative * affinity / (1 + EPS - affinity)
+            step = difference.sign_().mul_(slope[:, None] / features.shape[1])
+            for view, sign in zip(pair_views(out, offset), (1, -1)):
+                view.add_(step, alpha=sign)
+        return out, None, None
+
+
+def _kind_masks(labels, offset):
+    """Which pairs at an offset are of which of KINDS: three bool masks (B, h - dy, w - |dx|)."""
+    first, second = pair_views(labels, offset)
+    valid, same = (first != IGNORE) & (second != IGNORE), first == second
+    return valid & same & (first == 0), valid & same & (first != 0), valid & ~same

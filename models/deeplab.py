@@ -1,0 +1,67 @@
+"""DeepLabV1 with a large field of view (Chen et al. 2015) on any trunk, and its loss."""
+from collections import OrderedDict
+
+from torch import nn
+from torch.nn import functional as F
+
+from models.trunk import Network
+
+HIDDEN = 512
+
+
+class DeepLab(Network):
+    """A trunk and the LargeFOV head in the layout of SEAM's segmentation code (seamv1), which AVC uses too.
+
+    trunk: see `models.trunk.build_trunk`.  classes: number of classes, background counted.  dropout: before the last
+    convolution, in [0, 1].  dilation: of the head's 3x3; 12 is published for output stride 8, 6 sees as far at 16.
+    The head is as wide as the trunk's last map, at most 512. Its modules carry the published names: `backbone.` of a
+    seamv1 checkpoint is `trunk.` here, and every other name stands below `head.`, the part to train at 10 x the rate.
+    """
+
+    def __init__(self, trunk, classes, dropout=0.5, dilation=12):
+        super().__init__(trunk)
+        inputs = trunk.channels[trunk.stages[-1]]
+        self.head = large_fov_head(inputs, min(HIDDEN, inputs), classes, dropout, dilation)
+
+    def forward(self, images):
+        """images: (B, 3, H, W) normalised RGB.  Returns logits (B, classes, h, w) at the trunk's stride."""
+        return self.head(self.trunk(images)[self.trunk.stages[-1]])
+
+
+def large_fov_head(inputs, hidden, classes, dropout, dilation):
+    """Dilated 3x3, 1x1 and the classifier; (B, inputs, h, w) -> (B, classes, h, w)."""
+    head = nn.Sequential(OrderedDict(
+        conv_fov=nn.Conv2d(inputs, hidden, 3, padding=dilation, dilation=dilation, bias=False),
+        # Published momentum is 3e-4, for runs of 20,000 iterations; shorter ones need statistics that follow sooner.
+        bn_fov=nn.BatchNorm2d(hidden),
+        relu_fov=nn.ReLU(inplace=True),
+        conv_fov2=nn.Conv2d(hidden, hidden, 1, bias=False),
+        bn_fov2=nn.BatchNorm2d(hidden),
+        relu_fov2=nn.ReLU(inplace=True),
+        dropout1=nn.Dropout(dropout),
+        cls_conv=nn.Conv2d(hidden, classes, 1),
+    ))
+    for conv in (head.conv_fov, head.conv_fov2):
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    # Published code draws the classifier from He's distribution too: logits of deviation 5, a first loss far above
+    # log(classes). Near zero, all classes start alike.
+    nn.init.normal_(head.cls_conv.weight, std=0.01)
+    nn.init.zeros_(head.cls_conv.bias)
+    return head
+
+
+def segmentation_loss(logits, target, ignore_index=255):
+    """Cross-entropy at the target's resolution, averaged over the pixels that have a label.
+
+    logits: (B, C, h, w), any float dtype; upsampled bilinearly in float32. Corners are aligned: crops measure
+    stride * k + 1 pixels, so the corners of the grid lie on corner pixels.
+    target: (B, H, W) int64, values in [0, C) or `ignore_index`.
+    Returns a float32 scalar; 0, with a gradient of zeros, if no pixel has a label.
+    Raises ValueError if the shapes do not belong together.
+    """
+    if logits.dim() != 4 or target.dim() != 3 or len(logits) != len(target):
+        raise ValueError(f"logits must be (B, C, h, w) and target (B, H, W) with the same B, "
+                         f"not {tuple(logits.shape)} and {tuple(target.shape)}")
+    logits = F.interpolate(logits.float(), size=target.shape[-2:], mode="bilinear", align_corners=True)  # (B, C, H, W)
+    total = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
+    return total / (target != ignore_index).sum().clamp(min=1)

@@ -1,0 +1,65 @@
+"""ResNet-18/34/50/101 as a dilated trunk with named feature maps, built from torchvision's blocks and names."""
+import torchvision
+from torch import nn
+
+DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101")
+
+
+class ResNet(nn.Module):
+    """He et al., CVPR 2016, without pooling and classifier, dilated to a finer output stride.
+
+    name: one of DEPTHS.  output_stride: 16 (layer4 keeps the grid of layer3) or 8 (layer3 and layer4 keep that of layer2).
+    Parameter names are torchvision's, so that its checkpoints load as they are.
+    """
+    stages = ("layer2", "layer3", "layer4")
+
+    def __init__(self, name, output_stride=16):
+        super().__init__()
+        if name not in DEPTHS:
+            raise ValueError(f"unknown ResNet {name!r}; choose from {', '.join(DEPTHS)}")
+        if output_stride not in (8, 16):
+            raise ValueError(f"output stride must be 8 or 16, not {output_stride}")
+        net = getattr(torchvision.models, name)(weights=None)
+        self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
+        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+        if output_stride == 8:
+            dilate(self.layer3, 1, 2)
+            dilate(self.layer4, 2, 4)
+        else:
+            dilate(self.layer4, 1, 2)
+        self.stride = output_stride
+        self.channels = {stage: _out_channels(getattr(self, stage)) for stage in self.stages}
+
+    def forward(self, x):
+        """x: (B, 3, H, W) normalised RGB.  Returns {"layer2": stride 8, "layer3", "layer4": at most `stride`}."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer1(x)
+        maps = {}
+        for stage in self.stages:
+            x = getattr(self, stage)(x)
+            maps[stage] = x
+        return maps
+
+    def blocks(self):
+        """Modules in order of depth, for freezing the first n."""
+        return [[self.conv1, self.bn1], [self.layer1], [self.layer2], [self.layer3], [self.layer4]]
+
+
+def dilate(layer, first, rest):
+    """Take the stride out of a ResNet layer: its first block's 3x3 gets dilation `first`, the others `rest`.
+
+    The first block sees the undilated grid of the layer before, so it keeps that layer's dilation (as in torchvision's
+    own `replace_stride_with_dilation`, which exists for bottleneck blocks only).
+    """
+    for index, block in enumerate(layer):
+        dilation = first if index == 0 else rest
+        for module in block.modules():
+            if not isinstance(module, nn.Conv2d):
+                continue
+            module.stride = (1, 1)
+            if module.kernel_size == (3, 3):
+                module.dilation = module.padding = (dilation, dilation)
+
+
+def _out_channels(layer):
+    return [module for module in layer[-1].modules() if isinstance(module, nn.Conv2d)][-1].out_channels

@@ -1,0 +1,45 @@
+"""Step 4: score masks against ground truth: seed (CAM), + walk, + CRF of a checkpoint, or any folder of masks.
+
+Reads a stage-2 checkpoint (--model_path) or a folder of PNG masks (--mask_dir), and a split with ground truth; writes
+scores.json, thresholds.png, classes.png, panel.png and panel_worst.png to --output_dir (default output/eval).
+"""
+from pathlib import Path
+
+from utils import options as flags
+from utils.runtime import run_main
+
+NAMES = ("model_path", "mask_dir", *flags.DATA, *flags.MAPS, *flags.WALK, "crf", "crf_preset", "max_size", "cam_dir",
+         "output_dir", *flags.MACHINE)
+INHERITED = ("dataset", "data_root", "split", "ids", "limit", "scales", "flip", "max_size", "radius", "precision",
+             "cam_dir", "labels", "bg_alpha", "beta", "walk_steps")
+
+
+def main(argv=None):
+    parser = flags.Parser(__doc__, NAMES, output_dir="output/eval", model_path="output/stage2_resnet50/model_best.pth.tar")
+    args = parser.parse_args(argv)
+    if args.mask_dir and args.model_path:
+        parser.error("--mask_dir scores masks as they are and --model_path makes them; pass one of them")
+    from src import eval as evaluation
+    from src import inference
+    from src.start import begin, default_labels, open_split
+    if args.mask_dir:
+        payload, stages = None, [evaluation.Stage("masks", "mask", Path(args.mask_dir))]
+        flags.resolve(parser, args, *evaluation.mask_record(args.mask_dir), INHERITED)
+        args.model_path = None
+    else:
+        payload, args.model_path = inference.open_checkpoint(args.model_path, parser.flags["model_path"])
+        inherited = tuple(name for name in INHERITED if name not in ("labels", "bg_alpha", "beta", "walk_steps"))
+        flags.resolve(parser, args, payload["options"], args.model_path, inherited)
+    dataset = open_split(args)
+    args.labels = args.labels or default_labels(dataset)
+    device = begin("Step 4", args, dataset)
+    if args.dry_run:
+        return 0
+    if payload is not None:
+        stages = evaluation.checkpoint_stages(payload, dataset, vars(args), device)
+    evaluation.evaluate(dataset, stages, vars(args))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,51 @@
+"""Step 3: make pseudo-masks. CAM -> random walk -> dense CRF -> palette PNG, for a split or for any image.
+
+Reads a stage-2 checkpoint and images; writes <image_id>.png and manifest.json to --output_dir (default
+output/inference). CAMs and walked scores are kept beside the checkpoint and used again. With --images PATH (an image
+or a folder) no dataset is needed: labels are predicted, and an overlay is written beside every mask.
+"""
+from utils import options as flags
+from utils.runtime import run_main
+
+NAMES = ("model_path", *flags.DATA, *flags.MAPS, *flags.WALK, "crf", "crf_preset", "max_size", "cam_dir", "output_dir",
+         *flags.MACHINE)
+INHERITED = ("dataset", "data_root", "split", "ids", "limit", "scales", "flip", "max_size", "radius", "precision",
+             "cam_dir")
+
+
+def build_parser():
+    parser = flags.Parser(__doc__, NAMES, output_dir="output/inference", model_path="output/stage2_resnet50/model_best.pth.tar")
+    parser.add_argument("--images", metavar="PATH", help="an image or a folder of images, instead of a dataset's split")
+    parser.add_argument("--save_overlays", action="store_true", help="also write the masks laid over the images")
+    parser.add_argument("--save_walk", action="store_true",
+                        help="also write the propagation of up to 8 images as animated GIFs to <output_dir>/walks")
+    return parser
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    from src import inference
+    from src.start import begin, default_labels, open_split
+    payload, args.model_path = inference.open_checkpoint(args.model_path, parser.flags["model_path"])
+    flags.resolve(parser, args, payload["options"], args.model_path, INHERITED)
+    if args.images is not None:
+        if args.labels == "gt":
+            parser.error("--images has no labels to go by; leave --labels out")
+        args.labels = "predicted"
+        dataset = None
+    else:
+        dataset = open_split(args)
+        args.labels = args.labels or default_labels(dataset)
+    device = begin("Step 3", args, dataset)
+    if args.dry_run:
+        return 0
+    if dataset is None:
+        inference.run_images(payload, args.images, vars(args), device)
+    else:
+        inference.run(payload, dataset, vars(args), device)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,130 @@
+"""Masks against ground truth: tables, threshold sweeps, plots, and pictures of a fixed sample and of the worst images."""
+from pathlib import Path
+
+import numpy as np
+
+from src.inference import check_classes, make_scores
+from src.masks import decide, full_size
+from src.scoring import BOX, Stage, score_split
+from utils.artifacts import read_json, write_json
+from utils.errors import UserError
+from utils.maps import foreground_share
+from utils.metrics import scores
+from utils.visualize import heatmap, overlay, overlay_mask, panel, plot_bars, plot_curves, read_mask
+
+
+def report(dataset, tallies, options, folder):
+    """Print the table; write scores.json, the threshold curves and the per-class bars to `folder`.
+
+    Returns {stage: {"fixed": ..., "oracle": ...}}.
+    """
+    folder = Path(folder)
+    table = {name: {"fixed": tally.fixed_scores()} for name, tally in tallies.items()}
+    for name, tally in tallies.items():
+        if tally.sweep.counts.any():
+            threshold, best = tally.sweep.oracle()
+            table[name]["oracle"] = {"threshold": threshold, **best}
+    _print_table(table, dataset, options)
+    images = {image_id: {name: _rounded(tally.images[image_id]) for name, tally in tallies.items()}
+              for image_id in dataset.ids}
+    write_json(folder / "scores.json", {
+        "dataset": dataset.name, "data_root": str(dataset.root), "split": dataset.split, "images": len(dataset),
+        "labels": options["labels"], "classes": list(dataset.classes), "options": options, "scores": _plain(table),
+        "image_fg_iou": images})
+    _plots(dataset, tallies, table, folder)
+    return table
+
+
+def _print_table(table, dataset, options):
+    print(f"{dataset.name} {dataset.split}, {len(dataset)} images, {len(dataset.classes)} classes + background, "
+          f"labels: {options['labels']}")
+    print(f"{'':<14}{'':<10}{'threshold':>9}{'mIoU':>9}{'fg IoU':>9}{'per image':>11}")
+    for name, row in table.items():
+        for kind, entry in row.items():
+            threshold = "" if name == BOX or options.get("mask_dir") else entry.get("threshold", options["bg_threshold"])
+            print(f"{name:<14}{kind if len(row) > 1 else '':<10}{threshold:>9}{entry['miou']:>9.3f}{entry['fg_iou']:>9.3f}"
+                  f"{entry['image_fg_iou']:>11.3f}")
+    last = list(table)[-1]
+    per_class = zip(["background", *dataset.classes], table[last]["fixed"]["iou"])
+    print(f"{last}, IoU by class: " + "  ".join(f"{name} {'-' if iou is None else f'{iou:.3f}'}"
+                                                for name, iou in per_class))
+
+
+def _plots(dataset, tallies, table, folder):
+    swept = {name: tally for name, tally in tallies.items() if "oracle" in table[name]}
+    if swept:
+        curves = {name: [scores(matrix)["miou"] for matrix in tally.sweep.confusions()] for name, tally in swept.items()}
+        thresholds = next(iter(swept.values())).sweep.thresholds().tolist()
+        plot_curves(folder / "thresholds.png", thresholds, curves, "foreground share from which a pixel is foreground",
+                    "mIoU")
+    names = ["background", *dataset.classes]
+    plot_bars(folder / "classes.png", names, {name: row["fixed"]["iou"] for name, row in table.items()}, "IoU")
+
+
+def save_panels(dataset, stages, tallies, options, folder, count=6):
+    """Panels of a fixed sample of images and of the worst ones by the last stage: image | stages | ground truth."""
+    last = tallies[stages[-1].name].images
+    fixed = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)).tolist()
+    worst = sorted(range(len(dataset)), key=lambda i: np.nan_to_num(last[dataset.ids[i]], nan=2.0))[:count]
+    titles = ["image", *(stage.name for stage in stages), "ground truth"]
+    for name, chosen in (("panel.png", fixed), ("panel_worst.png", worst)):
+        rows = [_panel_row(dataset, i, stages, options) for i in chosen]
+        names = [f"{dataset.ids[i]}  {last[dataset.ids[i]]:.2f}" for i in chosen]
+        panel(rows, titles, names).save(Path(folder) / name)
+
+
+def _panel_row(dataset, index, stages, options):
+    image, image_id = dataset.image(index), dataset.ids[index]
+    pictures = [image]
+    for stage in stages:
+        if stage.kind == "mask":
+            pictures.append(overlay_mask(image, read_mask(stage.folder / f"{image_id}.png")))
+            continue
+        keys, probabilities = stage.probabilities(image_id, options)
+        if stage.crf:
+            mask = decide(image, keys, probabilities, True, options["crf_preset"], options["max_size"],
+                          options["bg_threshold"])
+            pictures.append(overlay_mask(image, mask))
+        else:
+            share, _ = foreground_share(full_size(probabilities, image.shape[:2]), keys)
+            pictures.append(overlay(image, heatmap(share), 0.6))
+    return [*pictures, overlay_mask(image, np.where(dataset.mask(index) == 255, 0, dataset.mask(index)))]
+
+
+def _rounded(value):
+    return None if np.isnan(value) else round(float(value), 4)
+
+
+def _plain(value):
+    """NaN, which JSON lacks, becomes null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def evaluate(dataset, stages, options):
+    """Score, report and picture a split; everything lands in --output_dir.  Returns the table."""
+    folder = Path(options["output_dir"])
+    tallies = score_split(dataset, stages, options)
+    table = report(dataset, tallies, options, folder)
+    save_panels(dataset, stages, tallies, options, folder)
+    print(f"Wrote scores.json, plots and panels to {folder}")
+    return table
+
+
+def checkpoint_stages(payload, dataset, options, device):
+    """Seed, walk and mask of a stage-2 checkpoint; what is missing of its CAMs and walked scores is computed first."""
+    check_classes(dataset, payload["classes"], options["model_path"])
+    cams, walks = make_scores(payload, dataset, options, device)
+    stages = [Stage("seed", "cam", cams.path), Stage("walk", "scores", walks.path)]
+    return stages + [Stage("mask", "scores", walks.path, crf=True)] * options["crf"]
+
+
+def mask_record(folder):
+    """(options of the step that wrote a folder of masks, the folder), or (None, None) for masks made elsewhere."""
+    path = Path(folder) / "manifest.json"
+    if not Path(folder).is_dir():
+        raise UserError(f"no folder {folder}; pass a folder of masks with --mask_dir")
+    return (read_json(path, "delete it")["options"], folder) if path.is_file() else (None, None)

@@ -1,0 +1,269 @@
+"""Image -> CAM -> walked scores -> mask: one image, or a whole split with every expensive result kept."""
+import hashlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from models.affinitynet import affinity_stencil
+from models.build import unpack
+from src import masks
+from src.engine import autocast
+from utils.artifacts import Folder, load_cam, read_json, save_arrays, save_cam
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+from utils.images import SUFFIXES, read_image
+from utils.loader import WholeImages, scaled_views, whole_image_loader
+from utils.log import environment, progress
+from utils.maps import capped_size, foreground_share, resize_image, resize_maps, with_background
+from utils.random_walk import half_disc, random_walk, walk_frames
+from utils.visualize import heatmap, overlay, overlay_mask, save_gif, save_mask, save_picture
+
+CAM_STRIDE, WALK_STRIDE = 4, 8
+
+
+def record_hash(record):
+    """First 16 hex digits of the SHA-256 of a network's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(record["state"].items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_classes(dataset, classes, source):
+    """UserError unless a checkpoint or folder was made for the classes of the dataset."""
+    if list(classes) != list(dataset.classes):
+        raise UserError(f"{source} knows {len(classes)} classes ({', '.join(classes[:3])}, ...), but {dataset.root} has "
+                        f"{len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...); pass another --data_root or "
+                        "--model_path")
+
+
+def label_keys(logits, labels, mode):
+    """Zero-based classes whose maps are kept: the known ones, or the predicted ones (at least the likeliest).
+
+    logits: (K,).  labels: (K,) in {0, 1} or None.  mode: "gt" or "predicted".
+    """
+    if mode == "gt":
+        return np.flatnonzero(labels)
+    keys = np.flatnonzero(logits > 0)
+    return keys if len(keys) else np.array([int(logits.argmax())])
+
+
+@torch.no_grad()
+def multi_scale_cam(classifier, views, size, flip, device, precision):
+    """Sum of the rectified CAMs over scales and flips (recipes.md, CAM inference).
+
+    views: list of (3, h, w) normalised images, one per scale.  size: (h, w) of the result.
+    Returns (logits (K,) averaged over the views, cam (K, *size)), both numpy float32.
+    """
+    logits, total = 0, 0
+    for view in views:
+        batch = torch.stack([view, view.flip(-1)] if flip else [view]).to(device, memory_format=torch.channels_last)
+        with autocast(device, precision):
+            scores, cam = classifier.cam(batch)
+        if flip:
+            cam = torch.stack([cam[0], cam[1].flip(-1)])
+        total = total + F.interpolate(cam.float().relu(), size=size, mode="bilinear", align_corners=True).sum(dim=0)
+        logits = logits + scores.float().mean(dim=0) / len(views)
+    return logits.cpu().numpy(), total.cpu().numpy()
+
+
+def normalised_cam(cam, keys):
+    """The maps of the classes `keys`, each divided by its own maximum: (len(keys), h, w) in [0, 1]."""
+    cam = cam[keys]
+    return cam / np.maximum(cam.max(axis=(1, 2), keepdims=True), 1e-8)
+
+
+def cam_size(size, max_size):
+    """Grid of a stored CAM: a quarter of the capped image, rounded up."""
+    return tuple(-(-side // CAM_STRIDE) for side in capped_size(size, max_size))
+
+
+def image_cam(classifier, item, labels, options, device):
+    """(keys, cam) of one item of `WholeImages`: its classes and their normalised maps."""
+    logits, cam = multi_scale_cam(classifier, item["views"], cam_size(item["size"], options["max_size"]),
+                                  options["flip"], device, options["precision"])
+    keys = label_keys(logits, labels, options["labels"])
+    return keys, normalised_cam(cam, keys)
+
+
+def cam_folder(path, record, classes, dataset_name, options):
+    """The `Folder` of CAMs of a classifier: what decides its files."""
+    identity = {name: options[name] for name in ("scales", "flip", "labels", "max_size", "precision")}
+    return Folder(path, "cam", ".npz", {**identity, "dataset": dataset_name, "classes": list(classes),
+                                        "classifier": record_hash(record)})
+
+
+def make_cams(record, dataset, folder, options, device):
+    """Write the CAM of every image of a split that is not there yet; the manifest comes last."""
+    folder.begin()
+    pending = dataset.subset([i for i, image_id in enumerate(dataset.ids) if not folder.has(image_id)])
+    if pending.ids:
+        classifier = unpack(record).to(device, memory_format=torch.channels_last)
+        images = WholeImages(pending, options["scales"], options["max_size"], classifier.trunk.stride)
+        for item in progress(whole_image_loader(images, options["workers"], device), "CAM", len(pending)):
+            index = item["index"]
+            keys, cam = image_cam(classifier, item, pending.labels[index], options, device)
+            save_cam(folder.path, pending.ids[index], keys, cam, item["size"])
+    folder.finish(dataset.ids, options, environment(device))
+
+
+@torch.no_grad()
+def image_affinity(affinity_net, view, offsets, device, precision):
+    """Affinity stencil (P, h, w) of one normalised image (3, 8(h-1)+1, 8(w-1)+1)."""
+    with autocast(device, precision):
+        features = affinity_net(view[None].to(device, memory_format=torch.channels_last))
+    return affinity_stencil(features[0].float(), offsets)
+
+
+def walk_scores(stencil, cam, offsets, options):
+    """Propagate a CAM and its background score: probabilities (K + 1, h, w) on the affinity's grid, numpy float32."""
+    scores = with_background(resize_maps(cam, stencil.shape[-2:]), options["bg_alpha"])
+    walked = random_walk(torch.from_numpy(scores).to(stencil.device), stencil, offsets, options["beta"],
+                         options["walk_steps"])
+    return (walked / walked.sum(dim=0).clamp(min=1e-8)).cpu().numpy()
+
+
+def walk_folder(path, record, cams, options):
+    """The `Folder` of walked scores of an AffinityNet over the CAMs of a `Folder`."""
+    identity = {name: options[name] for name in ("beta", "walk_steps", "radius", "bg_alpha", "max_size", "precision")}
+    return Folder(path, "walk", ".npz", {**identity, "cam": cams.identity, "affinity": record_hash(record)})
+
+
+def make_walks(record, dataset, cams, folder, options, device):
+    """Write the walked scores of every image of a split that are not there yet; the manifest comes last."""
+    folder.begin()
+    pending = dataset.subset([i for i, image_id in enumerate(dataset.ids) if not folder.has(image_id)])
+    if pending.ids:
+        affinity_net = unpack(record).to(device, memory_format=torch.channels_last)
+        offsets = half_disc(options["radius"])
+        images = WholeImages(pending, (1.0,), options["max_size"], WALK_STRIDE)
+        for item in progress(whole_image_loader(images, options["workers"], device), "random walk", len(pending)):
+            image_id = pending.ids[item["index"]]
+            keys, cam, _ = load_cam(cams.path, image_id)
+            stencil = image_affinity(affinity_net, item["views"][0], offsets, device, options["precision"])
+            save_scores(folder.path, image_id, keys, walk_scores(stencil, cam, offsets, options), item["size"])
+    folder.finish(dataset.ids, options, environment(device), parent=cams.path)
+
+
+def save_scores(folder, image_id, keys, probabilities, size):
+    """keys: (K,).  probabilities: (K + 1, h, w), background first.  size: (H, W) of the image."""
+    save_arrays(folder, image_id, keys=np.asarray(keys, np.int64), size=np.asarray(size, np.int64),
+                probabilities=np.asarray(probabilities, np.float16))
+
+
+def make_scores(payload, dataset, options, device):
+    """CAMs and walked scores of a split from a stage-2 checkpoint; both kept beside it and reused.
+
+    Returns (cam Folder, walk Folder).
+    """
+    networks = payload["networks"]
+    home = Path(options["model_path"]).parent / "scores"
+    name = f"{dataset.split}_{options['labels']}"
+    cams = cam_folder(options["cam_dir"], networks["classifier"], payload["classes"], dataset.name, options)
+    if not _same_identity(cams):  # the CAMs of step 1 serve if they are of this classifier; else make our own
+        cams = cam_folder(home / f"cam_{name}", networks["classifier"], payload["classes"], dataset.name, options)
+    if any(not cams.has(image_id) for image_id in dataset.ids) or not _same_identity(cams):
+        make_cams(networks["classifier"], dataset, cams, options, device)
+    else:
+        print(f"Using the CAMs in {cams.path}: same classifier and options")
+    walks = walk_folder(home / f"walk_{name}", networks["affinity"], cams, options)
+    make_walks(networks["affinity"], dataset, cams, walks, options, device)
+    return cams, walks
+
+
+def _same_identity(folder):
+    manifest = folder.path / "manifest.json"
+    return manifest.is_file() and read_json(manifest, "delete it").get("identity") == folder.identity
+
+
+def run(payload, dataset, options, device):
+    """Step 3: pseudo-masks of a split in --output_dir."""
+    check_classes(dataset, payload["classes"], options["model_path"])
+    masks_out = Path(options["output_dir"])
+    cams, walks = make_scores(payload, dataset, options, device)
+    folder = masks.mask_folder(masks_out, walks, options)
+    folder.begin()
+    masks.make_masks(dataset, walks.path, folder, options, options["save_overlays"])
+    if options["save_walk"]:
+        save_walks(payload, dataset, cams, masks_out / "walks", options, device)
+    folder.finish(dataset.ids, options, {**environment(device), "classes": list(dataset.classes)}, parent=walks.path)
+    return masks_out
+
+
+def open_checkpoint(path, default):
+    """The stage-2 checkpoint at `path`; without one, the default, or else the newest in output/.  (payload, path)."""
+    if path is None:
+        found = sorted(Path("output").glob("stage2_*/model_best.pth.tar"), key=lambda p: p.stat().st_mtime)
+        path = default if Path(default).is_file() or not found else str(found[-1])
+        print(f"Using {path}", file=sys.stderr)
+    return load_checkpoint(path, steps=("stage2",)), str(path)
+
+
+def save_walks(payload, dataset, cams, folder, options, device, count=8):
+    """Animate the propagation of up to `count` images: one GIF each, frames at doubling numbers of steps."""
+    affinity_net = unpack(payload["networks"]["affinity"]).to(device, memory_format=torch.channels_last)
+    images = WholeImages(dataset.subset(range(min(count, len(dataset)))), (1.0,), options["max_size"], WALK_STRIDE)
+    for item in whole_image_loader(images, 0, device):
+        keys, cam, _ = load_cam(cams.path, dataset.ids[item["index"]])
+        path = Path(folder) / f"{dataset.ids[item['index']]}.gif"
+        save_walk(path, affinity_net, item["views"][0], keys, cam, dataset.image(item["index"]), options, device)
+
+
+def save_walk(path, affinity_net, view, keys, cam, image, options, device):
+    """Animate the propagation of one image: the foreground's share after 0, 1, 2, 4, ... steps."""
+    offsets = half_disc(options["radius"])
+    stencil = image_affinity(affinity_net, view, offsets, device, options["precision"])
+    scores = torch.from_numpy(with_background(resize_maps(cam, stencil.shape[-2:]), options["bg_alpha"])).to(device)
+    shown = {0} | {2 ** k for k in range(options["walk_steps"].bit_length())} | {options["walk_steps"]}
+    small = resize_image(image, capped_size(image.shape[:2], 320))
+    frames = []
+    for step, walked in walk_frames(scores, stencil, offsets, options["beta"], options["walk_steps"], every=1):
+        if step in shown:
+            share, _ = foreground_share(masks.full_size(walked.cpu().numpy(), small.shape[:2]), keys)
+            frames.append(overlay(small, heatmap(share), 0.6))
+    save_gif(path, frames, seconds_per_frame=0.4)
+
+
+def run_images(payload, path, options, device):
+    """Masks and overlays of one image, or of every image in a folder; labels are predicted."""
+    paths = list_images(Path(path))
+    networks = {name: unpack(payload["networks"][name]).to(device, memory_format=torch.channels_last)
+                for name in ("classifier", "affinity")}
+    out = Path(options["output_dir"])
+    for file in progress(paths, "masks"):
+        mask, keys = _one_image(networks, file, out, options, device)
+        named = ", ".join(payload["classes"][key] for key in keys)
+        share = np.mean(mask > 0)
+        print(f"{file}: {named}; foreground {share:.0%} -> {out / f'{file.stem}.png'}")
+
+
+def _one_image(networks, file, out, options, device):
+    image = read_image(file)
+    views = scaled_views(image, options["scales"], options["max_size"], networks["classifier"].trunk.stride)
+    item = {"views": views, "size": image.shape[:2]}
+    keys, cam = image_cam(networks["classifier"], item, None, options, device)
+    offsets = half_disc(options["radius"])
+    view = scaled_views(image, (1.0,), options["max_size"], WALK_STRIDE)[0]
+    stencil = image_affinity(networks["affinity"], view, offsets, device, options["precision"])
+    mask = masks.decide(image, keys, walk_scores(stencil, cam, offsets, options),
+                        **{name: options[name] for name in ("crf", "crf_preset", "max_size", "bg_threshold")})
+    if options["save_walk"]:
+        save_walk(out / "walks" / f"{file.stem}.gif", networks["affinity"], view, keys, cam, image, options, device)
+    save_mask(out / f"{file.stem}.png", mask)
+    save_picture(out / f"{file.stem}_overlay.png", overlay_mask(image, mask))
+    return mask, keys
+
+
+def list_images(path):
+    """The image files at a path: itself, or those of a folder, sorted; UserError if there is none."""
+    if path.is_dir():
+        found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+        if not found:
+            raise UserError(f"{path} holds no image ({', '.join(SUFFIXES[:6])}); pass another --images")
+        return found
+    if not path.is_file():
+        raise UserError(f"no image {path}; pass an image or a folder with --images")
+    return [path]

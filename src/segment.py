@@ -1,0 +1,166 @@
+"""DeepLabV1: trained on pseudo-masks (or on ground truth, the ceiling) and tested with several scales, flip and CRF."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from models.build import build_network, pack, unpack
+from models.deeplab import segmentation_loss
+from src import engine, masks
+from src.eval import Stage, evaluate
+from src.inference import check_classes, label_keys, record_hash, save_scores
+from src.train import initialise, network_options, rounded_crop, split_holdout
+from utils.artifacts import Folder
+from utils.errors import UserError
+from utils.loader import TrainingSamples, WholeImages, whole_image_loader
+from utils.log import environment, progress
+from utils.maps import capped_size, grid_size
+from utils.metrics import confusion, scores
+from utils.transforms import Augmentation, resize_labels
+from utils.visualize import read_mask
+
+SCALE = (0.5, 1.5)  # random scale of a training image (seamv1)
+MIN_PROBABILITY = 0.05  # classes that nowhere reach it are left out of the CRF; the likeliest is always kept
+
+
+def newest_checkpoint():
+    """Path of the newest output/deeplab_*/model_best.pth.tar; UserError if there is none."""
+    found = sorted(Path("output").glob("deeplab_*/model_best.pth.tar"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError("no DeepLab checkpoint in output/; run: python train_deeplab.py")
+    print(f"Using {found[-1]}, the newest of {len(found)}", file=sys.stderr)
+    return str(found[-1])
+
+
+def mask_reader(dataset, mask_dir):
+    """Function index -> training mask of a dataset: from a folder, or its ground truth if mask_dir is "gt".
+
+    Every mask is looked for at once, so that a missing one does not stop a run at its end.
+    """
+    if mask_dir == "gt":
+        if dataset.mask_paths is None:
+            raise UserError(f"{dataset.root} has no ground truth; pass --mask_dir FOLDER")
+        return dataset.mask
+    paths = [Path(mask_dir) / f"{image_id}.png" for image_id in dataset.ids]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(f"no mask {missing[0]} (and {len(missing) - 1} more); run: python run_inference.py")
+
+    def read(index):
+        mask = read_mask(paths[index])
+        size = dataset.image(index).shape[:2]
+        if mask.shape != size:
+            raise UserError(f"{paths[index]} is {mask.shape[1]}x{mask.shape[0]}, its image {size[1]}x{size[0]}; make "
+                            "the masks at the images' own size")
+        wrong = mask[(mask > len(dataset.classes)) & (mask != 255)]
+        if wrong.size:
+            raise UserError(f"{paths[index]} holds the value {wrong[0]}, but the dataset has {len(dataset.classes)} "
+                            "classes; are these the masks of another dataset?")
+        return mask
+    return read
+
+
+def run_training(dataset, options, device):
+    """Step 5: train DeepLabV1 on the masks of --mask_dir."""
+    read = mask_reader(dataset, options["mask_dir"])
+    torch.manual_seed(options["seed"])
+    network = build_network("deeplab", **network_options(options), classes=len(dataset.classes))
+    initialise(network, options)
+    learn, held = split_holdout(dataset, options["val_fraction"], options["seed"])
+    augmentation = Augmentation(rounded_crop(options), scale=SCALE, max_size=options["max_size"])
+    samples = TrainingSamples(dataset.subset(learn), augmentation, options["seed"], lambda index: read(learn[index]))
+    held_set = dataset.subset(held)
+    task = engine.Task(
+        "deeplab", network, _loss, samples, len(learn),
+        _validation(held_set, lambda index: read(held[index]), options, device) if held else None,
+        lambda: {"classes": list(dataset.classes), "networks": {
+            "deeplab": pack("deeplab", network, **network_options(options), classes=len(dataset.classes))}})
+    return engine.train(task, options, options["output_dir"], device)
+
+
+def _loss(network, batch):
+    return segmentation_loss(network(batch["image"]), batch["target"]), {}
+
+
+def _validation(dataset, read, options, device):
+    """mIoU with the held-out images' masks of --mask_dir, one scale: pseudo-masks choose, not ground truth."""
+    classes = len(dataset.classes) + 1
+
+    def validate(network):
+        total = np.zeros((classes, classes), np.int64)
+        images = WholeImages(dataset, max_size=options["max_size"], stride=network.trunk.stride)
+        for item in whole_image_loader(images, options["workers"], device):
+            logits = network(item["views"][0][None].to(device, memory_format=torch.channels_last)).float()
+            size = logits.shape[-2:]
+            prediction = logits[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
+            total += confusion(prediction, resize_labels(read(int(item["index"])), size), classes)
+        return {"score": scores(total)["miou"]}
+    return validate
+
+
+@torch.no_grad()
+def multi_scale_probabilities(network, views, grid, flip, device, precision):
+    """Softmax of the mean of the logits over scales and flips (recipes.md, DeepLabV1 test).
+
+    views: list of (3, h, w), one per scale.  grid: (h, w) of the result.  Returns (C, *grid) float32 numpy.
+    """
+    total = 0
+    for view in views:
+        batch = torch.stack([view, view.flip(-1)] if flip else [view]).to(device, memory_format=torch.channels_last)
+        with engine.autocast(device, precision):
+            logits = network(batch)
+        if flip:
+            logits = torch.stack([logits[0], logits[1].flip(-1)])
+        logits = F.interpolate(logits.float(), size=grid, mode="bilinear", align_corners=True)
+        total = total + logits.mean(dim=0) / len(views)
+    return total.softmax(dim=0).cpu().numpy()
+
+
+def kept_classes(probabilities, labels, mode):
+    """Zero-based classes worth keeping of one image: the known ones, or those that somewhere reach MIN_PROBABILITY."""
+    if mode == "gt":
+        return np.flatnonzero(labels)
+    return label_keys(probabilities[1:].max(axis=(1, 2)) - MIN_PROBABILITY, labels, mode)
+
+
+def make_scores(record, dataset, folder, options, device):
+    """Write every image's class probabilities on the stride-8 grid; finished ones of the same options are kept."""
+    folder.begin()
+    pending = dataset.subset([i for i, image_id in enumerate(dataset.ids) if not folder.has(image_id)])
+    if pending.ids:
+        network = unpack(record).to(device, memory_format=torch.channels_last)
+        images = WholeImages(pending, options["scales"], options["max_size"], network.trunk.stride)
+        for item in progress(whole_image_loader(images, options["workers"], device), "DeepLab", len(pending)):
+            index = item["index"]
+            grid = grid_size(capped_size(item["size"], options["max_size"]), 8)
+            probabilities = multi_scale_probabilities(network, item["views"], grid, options["flip"], device,
+                                                      options["precision"])
+            keys = kept_classes(probabilities, pending.labels[index], options["labels"])
+            kept = probabilities[np.concatenate([[0], keys + 1])]
+            save_scores(folder.path, pending.ids[index], keys, kept / np.maximum(kept.sum(axis=0), 1e-8), item["size"])
+    folder.finish(dataset.ids, options, environment(device))
+
+
+def run_test(payload, dataset, options, device):
+    """Step 6: masks and scores of a split from a DeepLab checkpoint.
+
+    Writes masks/, and scores.json, plots and panels where the split has ground truth.  Returns the score table or None.
+    """
+    check_classes(dataset, payload["classes"], options["model_path"])
+    record, home = payload["networks"]["deeplab"], Path(options["output_dir"])
+    names = ("scales", "flip", "labels", "max_size", "precision")
+    identity = {"deeplab": record_hash(record), "dataset": dataset.name, **{name: options[name] for name in names}}
+    maps = Folder(home / "scores", "deeplab", ".npz", identity)
+    make_scores(record, dataset, maps, options, device)
+    folder = masks.mask_folder(home / "masks", maps, options)
+    folder.begin()
+    masks.make_masks(dataset, maps.path, folder, options, options["save_overlays"])
+    folder.finish(dataset.ids, options, {**environment(device), "classes": list(dataset.classes)}, parent=maps.path)
+    print(f"Wrote {len(dataset)} masks to {folder.path}")
+    if dataset.mask_paths is None:
+        print(f"{dataset.root} has no ground truth for split {dataset.split}: masks only, no scores")
+        return None
+    stages = [Stage("deeplab", "scores", maps.path)] + [Stage("+ CRF", "scores", maps.path, crf=True)] * options["crf"]
+    return evaluate(dataset, stages, options)

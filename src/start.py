@@ -1,0 +1,32 @@
+"""What every script does between its flags and its work: open the split, settle the device, say what is about to run."""
+import sys
+
+from utils.datasets import open_dataset
+from utils.log import environment
+from utils.options import pick_device, print_options
+
+
+def open_split(args):
+    """The split that the flags name; --split is settled to the training split if it was left out."""
+    dataset = open_dataset(args.dataset, args.data_root, args.split, args.limit, args.ids,
+                           getattr(args, "download", False))
+    args.split = dataset.split
+    return dataset
+
+
+def default_labels(dataset):
+    """Known labels on the training split, where pseudo-masks are made; predicted ones elsewhere, where scores are."""
+    return "gt" if dataset.split == dataset.training_split else "predicted"
+
+
+def begin(step, args, dataset=None):
+    """Settle the device and print the header; a dry run says that it stops.  Returns the torch.device."""
+    device = pick_device(args.device)
+    print_options(step, args)
+    facts = environment(device)
+    dirty = " with changes" if facts["git_dirty"] else ""
+    print(f"  torch {facts['torch']} on {facts['device_name']}, commit {(facts['git_commit'] or 'none')[:10]}{dirty}"
+          + (f", {len(dataset)} images, {len(dataset.classes)} classes" if dataset is not None else ""), file=sys.stderr)
+    if args.dry_run:
+        print("Dry run: everything checked, nothing done.", file=sys.stderr)
+    return device

@@ -1,0 +1,173 @@
+"""Stage 1, the CAM classifier, and stage 2, AffinityNet: what is trained, on what, with which loss."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.affinitynet import KINDS, affinity_loss
+from models.build import build_network, pack
+from models.classifier import classification_loss
+from models.weights import load_pretrained
+from src import engine, inference, masks
+from utils.artifacts import Folder, read_manifest
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+from utils.loader import TrainingSamples, WholeImages, whole_image_loader
+from utils.log import environment
+from utils.maps import snapped_size
+from utils.metrics import average_precision
+from utils.random_walk import half_disc
+from utils.transforms import Augmentation
+from utils.visualize import read_mask
+
+LONG_SIDE = (0.625, 1.25)  # range of the image's long side in crop sizes: 320..640 at crop 512 (IRN)
+GRID = 8  # pixels per cell of AffinityNet's features
+
+
+def network_options(options):
+    return {name: options[name] for name in ("backbone", "width", "output_stride")}
+
+
+def initialise(network, options):
+    """Load --pretrained into the trunk, then freeze by --freeze and --bn; says what it did.
+
+    With --pretrained left out, ImageNet weights are used where they can be had, and their absence is announced.
+    """
+    source = options["pretrained"] or ("none" if options["backbone"] == "resnet38" else None)
+    try:
+        loaded, line = load_pretrained(network.trunk, options["backbone"], source or "imagenet")
+    except UserError as error:
+        if source is not None:
+            raise
+        loaded, line = load_pretrained(network.trunk, options["backbone"], "none")
+        print(f"WARNING: {error}\nWARNING: training starts from RANDOM weights; masks will be much worse", file=sys.stderr)
+        options["pretrained"] = "none"
+    print(line, file=sys.stderr)
+    network.freeze(options["freeze"] if loaded else 0, options["bn"], loaded)
+
+
+def split_holdout(dataset, fraction, seed):
+    """(positions to learn from, positions held out): a fixed random share, from the seed alone."""
+    order = np.random.default_rng((seed, 7)).permutation(len(dataset)).tolist()
+    held = round(len(dataset) * fraction) if len(dataset) >= 8 else 0
+    return sorted(order[held:]), sorted(order[:held])
+
+
+def rounded_crop(options):
+    """The crop side moved to 16k + 1, where grid corners lie on pixel corners."""
+    return snapped_size((options["crop_size"],) * 2, 16)[0]
+
+
+def run_stage1(dataset, options, device):
+    """Train the classifier, then write the split's CAMs to --cam_dir."""
+    if not dataset.labels.any():
+        raise UserError(f"no image of split {dataset.split} in {dataset.root} has a label; stage 1 needs image labels")
+    torch.manual_seed(options["seed"])
+    network = build_network("classifier", **network_options(options), classes=len(dataset.classes))
+    initialise(network, options)
+    learn, held = split_holdout(dataset, options["val_fraction"], options["seed"])
+    crop = rounded_crop(options)
+    augmentation = Augmentation(crop, long_side=tuple(crop * factor for factor in LONG_SIDE))
+    samples = TrainingSamples(dataset.subset(learn), augmentation, options["seed"])
+    task = engine.Task(
+        "stage1", network, _classifier_loss, samples, len(learn),
+        _classifier_validation(dataset.subset(held), options, device) if held else None,
+        lambda: {"classes": list(dataset.classes), "networks": {
+            "classifier": pack("classifier", network, **network_options(options), classes=len(dataset.classes))}})
+    best = load_checkpoint(engine.train(task, options, options["output_dir"], device))
+    record = best["networks"]["classifier"]
+    folder = inference.cam_folder(options["cam_dir"], record, dataset.classes, dataset.name, options)
+    inference.make_cams(record, dataset, folder, {**options, "model_path": str(_best_path(options))}, device)
+
+
+def _best_path(options):
+    return Path(options["output_dir"]) / "model_best.pth.tar"
+
+
+def _classifier_loss(network, batch):
+    return classification_loss(network(batch["image"]), batch["labels"]), {}
+
+
+def _classifier_validation(dataset, options, device):
+    """Mean average precision over the held-out images' labels."""
+    def validate(network):
+        images = WholeImages(dataset, max_size=rounded_crop(options), stride=network.trunk.stride)
+        logits = []
+        for item in whole_image_loader(images, options["workers"], device):
+            view = item["views"][0][None].to(device, memory_format=torch.channels_last)
+            logits.append(network(view)[0].float().cpu().numpy())
+        return {"score": float(np.nan_to_num(average_precision(np.stack(logits), dataset.labels)))}
+    return validate
+
+
+def check_same_classifier(classifier, manifest, model_path, cam_dir):
+    """UserError unless the CAMs of a folder were made by this stage-1 checkpoint, which goes into stage 2's."""
+    if inference.record_hash(classifier["networks"]["classifier"]) != manifest["identity"]["classifier"]:
+        raise UserError(f"the CAMs in {cam_dir} were not made by {model_path}; run: python run_train.py --stage 1, or pass "
+                        "the checkpoint that made them with --model_path")
+
+
+def run_stage2(dataset, classifier, options, device):
+    """Train AffinityNet on affinity labels made from the CAMs in --cam_dir.
+
+    classifier: the stage-1 checkpoint that made them; it goes into this stage's checkpoint too.
+    """
+    record = classifier["networks"]["classifier"]
+    inference.check_classes(dataset, classifier["classes"], options["model_path"])
+    labels = _affinity_labels(dataset, options)
+    torch.manual_seed(options["seed"])
+    network = build_network("affinity", **network_options(options))
+    initialise(network, options)
+    learn, held = split_holdout(dataset, options["val_fraction"], options["seed"])
+    learning = dataset.subset(learn)
+    augmentation = Augmentation(rounded_crop(options), max_size=options["max_size"])
+    samples = TrainingSamples(learning, augmentation, options["seed"], labels.reader(learning))
+    offsets = half_disc(options["radius"])
+    task = engine.Task(
+        "stage2", network, _affinity_loss(offsets), samples, len(learn),
+        _affinity_validation(dataset.subset(held), labels, offsets, options, device) if held else None,
+        lambda: {"classes": list(dataset.classes), "networks": {
+            "affinity": pack("affinity", network, **network_options(options), classes=0), "classifier": record}})
+    engine.train(task, options, options["output_dir"], device)
+
+
+class _Labels(Folder):
+    """The folder of affinity labels."""
+
+    def reader(self, dataset):
+        return lambda index: read_mask(self.path / f"{dataset.ids[index]}.png")
+
+
+def _affinity_labels(dataset, options):
+    manifest = read_manifest(options["cam_dir"], "cam")
+    names = ("alpha_low", "alpha_high", "crf_preset", "max_size")
+    folder = _Labels(Path(options["output_dir"]) / "affinity_labels", "affinity_labels", ".png",
+                     {"cam": manifest["identity"], **{name: options[name] for name in names}})
+    kept = folder.begin()
+    if kept:
+        print(f"{kept} affinity labels in {folder.path} have the same options and are kept", file=sys.stderr)
+    masks.make_affinity_labels(dataset, options["cam_dir"], folder, options)
+    folder.finish(dataset.ids, options, environment(), parent=options["cam_dir"])
+    return folder
+
+
+def _affinity_loss(offsets):
+    def loss(network, batch):
+        features = network(batch["image"])
+        value, terms = affinity_loss(features, batch["target"][:, ::GRID, ::GRID], offsets)
+        return value, dict(zip(KINDS, terms.tolist()))
+    return loss
+
+
+def _affinity_validation(dataset, labels, offsets, options, device):
+    """Minus the mean affinity loss over the held-out images, whole."""
+    def validate(network):
+        images = WholeImages(dataset, max_size=options["max_size"], stride=GRID, target=labels.reader(dataset))
+        losses = []
+        for item in whole_image_loader(images, options["workers"], device):
+            features = network(item["views"][0][None].to(device, memory_format=torch.channels_last))
+            target = item["target"][None, ::GRID, ::GRID].to(device)
+            losses.append(affinity_loss(features, target, offsets)[0].item())
+        return {"score": -float(np.mean(losses))}
+    return validate

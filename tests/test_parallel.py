@@ -1,0 +1,175 @@
+"""map_parallel: order, bounded look-ahead, and one readable line when a worker fails, is killed or is interrupted."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from utils.errors import UserError
+from utils.parallel import IN_FLIGHT, THREAD_LIMITS, item_name, map_parallel
+
+ROOT = Path(__file__).resolve().parent.parent
+posix = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
+
+
+class Demanding(Exception):
+    """Pickles, but does not unpickle: its constructor wants two arguments."""
+
+    def __init__(self, code, detail):
+        super().__init__(f"{code} {detail}")
+
+
+def slow_first(item):
+    time.sleep(0.3 if item == 0 else 0)
+    return item * item, os.getpid()
+
+
+def fail_on_three(item):
+    if item == 3:
+        raise Demanding(3, "is wrong")
+    return item
+
+
+def fail_on_pair(item):
+    raise FileNotFoundError(f"no CAM for {item[0]}")
+
+
+def refuse(item):
+    raise UserError("no CAM here; run: python run_train.py --stage 1")
+
+
+def die_on_three(item):
+    if item == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def birth_environment(item):
+    """The environment the process was started with, before its first import."""
+    entries = Path("/proc/self/environ").read_text().split("\0")
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def test_results_come_in_order_from_several_processes():
+    results = list(map_parallel(slow_first, range(8), 2, "squares"))
+    pids = {pid for _, pid in results}
+    assert [value for value, _ in results] == [n * n for n in range(8)], f"{results}"
+    assert len(pids) == 2 and os.getpid() not in pids, f"{len(pids)} processes"
+
+
+@pytest.mark.parametrize("workers, items", [(0, 5), (1, 5), (-1, 5), (4, 2), (4, 1), (4, 0)])
+def test_few_workers_or_items_stay_in_this_process(workers, items):
+    results = list(map_parallel(slow_first, range(items), workers, "squares"))
+    expected = [(n * n, os.getpid()) for n in range(items)]
+    assert results == expected, f"{workers} workers, {items} items: {results}"
+
+
+def test_the_number_of_items_in_flight_is_bounded():
+    taken = []
+    stream = map_parallel(slow_first, (taken.append(n) or n for n in range(50)), 2, "squares")
+    for read in range(1, 4):
+        next(stream)
+        assert len(taken) <= IN_FLIGHT * 2 + read, f"{len(taken)} items taken after {read} were read"
+    stream.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failure_names_the_item_and_the_cause(workers):
+    stream = map_parallel(fail_on_three, range(6), workers, "dense CRF")
+    assert [next(stream) for _ in range(3)] == [0, 1, 2], f"{workers} workers"
+    with pytest.raises(RuntimeError, match="^dense CRF: 3: Demanding: 3 is wrong$") as caught:
+        next(stream)
+    assert not isinstance(caught.value, UserError), "a defect of the program must keep its traceback"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_tuple_is_named_by_its_first_entry(workers):
+    items = [("2007_000032", n) for n in range(3)]
+    with pytest.raises(RuntimeError, match="^masks: 2007_000032: no CAM for 2007_000032$"):
+        list(map_parallel(fail_on_pair, items, workers, "masks"))
+
+
+def test_what_a_user_can_mend_stays_a_user_error():
+    with pytest.raises(UserError, match="^masks: Abyssinian_1: no CAM here; run: python run_train.py --stage 1$"):
+        list(map_parallel(refuse, ["Abyssinian_1"], 1, "masks"))
+
+
+@pytest.mark.parametrize("item, name", [("a", "a"), (7, "7"), (("a", 1), "a"), ((), "()"), (Path("b"), "b")])
+def test_item_names(item, name):
+    assert item_name(item) == name, f"{item!r} is named {item_name(item)}"
+
+
+def test_a_killed_worker_is_one_clear_line():
+    with pytest.raises(RuntimeError, match=r"fewer --workers \(now 2\), or with more memory") as caught:
+        list(map_parallel(die_on_three, range(12), 2, "dense CRF"))
+    message = str(caught.value)
+    assert isinstance(caught.value, UserError) and "\n" not in message and message.startswith("dense CRF: "), message
+
+
+@posix
+def test_workers_are_born_with_one_thread_each_and_the_parent_is_unchanged(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    found = next(map_parallel(birth_environment, range(3), 2, "environment"))
+    limits = {name: found.get(name) for name in THREAD_LIMITS}
+    assert set(limits.values()) == {"1"}, f"{limits}"
+    assert os.environ["OMP_NUM_THREADS"] == "7" and "MKL_NUM_THREADS" not in os.environ, "the parent kept a limit"
+
+
+SCRIPT = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from utils.errors import run_main
+from utils.parallel import map_parallel
+
+def wait(item):
+    print("working", os.getpid(), flush=True)
+    time.sleep(60)
+
+def main():
+    list(map_parallel(wait, range(8), 2, "waiting"))
+
+if __name__ == "__main__":
+    run_main(main)
+"""
+
+
+def start_waiting(folder):
+    """Start a script of its own process group whose two workers sleep; return it and their process ids."""
+    script = folder / "waiting.py"
+    script.write_text(SCRIPT.format(root=str(ROOT)))
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    return process, [int(process.stdout.readline().split()[1]) for _ in range(2)]
+
+
+def gone(pids, seconds):
+    deadline = time.monotonic() + seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@posix
+def test_ctrl_c_stops_at_once_without_tracebacks(tmp_path):
+    process, pids = start_waiting(tmp_path)
+    start = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: parent and workers alike
+    _, errors = process.communicate(timeout=30)
+    seconds = time.monotonic() - start
+    assert process.returncode == 130 and seconds < 10, f"status {process.returncode} after {seconds:.1f} s"
+    assert "Traceback" not in errors, errors
+    assert gone(pids, 5), f"workers {pids} are still there"
+
+
+@posix
+def test_workers_end_with_a_killed_parent(tmp_path):
+    process, pids = start_waiting(tmp_path)
+    process.kill()
+    process.wait()
+    process.stdout.close(), process.stderr.close()
+    assert gone(pids, 10), f"workers {pids} outlived their parent"

@@ -1,0 +1,218 @@
+"""Random walk: half disc, transition matrix and propagation against double loops on a small grid; their refusals."""
+import warnings
+
+import pytest
+import torch
+
+from utils.random_walk import half_disc, random_walk, transition, walk_frames
+
+GRID = (6, 7)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On grids this small, threads that wait for each other on a busy machine cost seconds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def random_case(radius=3, grid=GRID, maps=3, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    offsets = half_disc(radius)
+    affinity = torch.rand(len(offsets), *grid, generator=generator, dtype=dtype)
+    return torch.rand(maps, *grid, generator=generator, dtype=dtype), affinity, offsets
+
+
+def dense_transition(affinity, offsets, beta):
+    """The definition, pixel by pixel, in float64."""
+    _, height, width = affinity.shape
+    matrix = torch.eye(height * width, dtype=torch.float64)
+    for y in range(height):
+        for x in range(width):
+            for p, (dy, dx) in enumerate(offsets):
+                if 0 <= y + dy < height and 0 <= x + dx < width:
+                    here, there = y * width + x, (y + dy) * width + x + dx
+                    matrix[here, there] = matrix[there, here] = affinity[p, y, x].double() ** beta
+    return matrix / matrix.sum(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("radius, pairs", [(1, 0), (1.5, 4), (2, 4), (3, 12), (5, 34)])
+def test_half_disc_has_the_published_number_of_pairs(radius, pairs):
+    found = half_disc(radius)
+    assert len(found) == len(set(found)) == pairs, f"radius {radius}: {len(found)} pairs, expected {pairs}"
+
+
+def test_half_disc_and_its_mirror_image_fill_the_disc_once():
+    mirrored = [(-dy, -dx) for dy, dx in half_disc(5)]
+    disc = {(dy, dx) for dy in range(-6, 7) for dx in range(-6, 7) if 0 < dy * dy + dx * dx < 25}
+    assert sorted(half_disc(5) + mirrored) == sorted(disc), f"{len(disc)} neighbours expected"
+
+
+@pytest.mark.parametrize(
+    "radius, grid", [(1, GRID), (3, GRID), (5, GRID), (3, (1, 9)), (3, (9, 1)), (5, (2, 3)), (2, (1, 1))]
+)
+def test_transition_equals_a_double_loop(radius, grid):
+    _, affinity, offsets = random_case(radius, grid)
+    found = transition(affinity, offsets, beta=2.5)
+    error = (found.to_dense().double() - dense_transition(affinity, offsets, 2.5)).abs().max()
+    assert found.layout == torch.sparse_csr and found.dtype == torch.float32, f"{found.layout} {found.dtype}"
+    assert error < 1e-6, f"largest difference {error:.2e}"
+
+
+def test_transition_is_a_valid_csr_matrix_with_ascending_columns():
+    _, affinity, offsets = random_case()
+    found = transition(affinity, offsets)
+    row, column = found.crow_indices(), found.col_indices()
+    torch.sparse_csr_tensor(row, column, found.values(), found.shape, check_invariants=True)  # raises if it is not
+    ordered = all((column[a + 1 : b] > column[a : b - 1]).all() for a, b in zip(row[:-1].tolist(), row[1:].tolist()))
+    assert ordered, f"columns are not ascending in {found.shape}"
+
+
+@pytest.mark.parametrize("grid", [GRID, (13, 17)])
+def test_rows_of_the_transition_sum_to_one(grid):
+    _, affinity, offsets = random_case(5, grid)
+    error = (transition(affinity, offsets).to_dense().sum(dim=1) - 1).abs().max()
+    assert error < 1e-5, f"rows sum to 1 within {error:.2e}"
+
+
+def test_pairs_between_border_pixels_are_kept():
+    offsets = half_disc(2)
+    affinity = torch.zeros(len(offsets), *GRID)
+    affinity[offsets.index((0, 1)), 0, 0] = 1
+    found = transition(affinity, offsets).to_dense()
+    assert found[0, 1] == found[1, 0] == 0.5, f"corner pair has {found[0, 1]:.3f} and {found[1, 0]:.3f}, expected 0.5"
+
+
+def test_values_of_partners_outside_the_grid_are_not_read():
+    _, affinity, offsets = random_case()
+    clean = affinity.clone()
+    for p, (dy, dx) in enumerate(offsets):
+        clean[p, GRID[0] - dy :] = 0
+        clean[p, :, GRID[1] - dx if dx > 0 else GRID[1] :] = 0
+        clean[p, :, : max(-dx, 0)] = 0
+    error = (transition(affinity, offsets).to_dense() - transition(clean, offsets).to_dense()).abs().max()
+    assert not torch.equal(affinity, clean) and error == 0, f"largest difference {error:.2e}"
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 17, 256])
+def test_random_walk_equals_the_dense_matrix_power(steps):
+    maps, affinity, offsets = random_case()
+    power = torch.linalg.matrix_power(dense_transition(affinity, offsets, 8.0), steps)
+    expected = (power @ maps.double().flatten(1).T).T.reshape(maps.shape)
+    error = (random_walk(maps, affinity, offsets, steps=steps).double() - expected).abs().max()
+    assert error < 1e-5, f"T^{steps}: largest difference {error:.2e}"
+
+
+def test_the_order_of_the_offsets_does_not_matter():
+    maps, affinity, offsets = random_case()
+    order = torch.randperm(len(offsets), generator=torch.Generator().manual_seed(1)).tolist()
+    shuffled = random_walk(maps, affinity[order], [offsets[p] for p in order])
+    error = (random_walk(maps, affinity, offsets) - shuffled).abs().max()
+    assert error < 1e-6, f"largest difference {error:.2e}"
+
+
+def test_an_affinity_of_zero_leaves_the_scores_unchanged():
+    maps, affinity, offsets = random_case()
+    assert torch.equal(random_walk(maps, torch.zeros_like(affinity), offsets), maps), "the identity walk changed scores"
+
+
+def test_a_constant_map_stays_constant():
+    _, affinity, offsets = random_case(5, (13, 17))
+    walked = random_walk(torch.full((1, 13, 17), 0.7), affinity, offsets)
+    error = (walked - 0.7).abs().max()
+    assert error < 1e-4, f"0.7 moved by {error:.2e} in 256 steps"
+
+
+def test_scores_do_not_cross_a_wall_of_zero_affinity():
+    offsets = half_disc(2)
+    affinity = torch.ones(len(offsets), *GRID)
+    for p, (_, dx) in enumerate(offsets):  # cut every pair between the columns 2 and 3
+        affinity[p, :, 2 if dx > 0 else 3] *= float(dx == 0)
+    maps = torch.zeros(1, *GRID)
+    maps[0, 2, 1] = 1
+    walked = random_walk(maps, affinity, offsets)
+    assert walked[..., 3:].max() == 0, f"{walked[..., 3:].max():.2e} leaked through the wall"
+    assert walked[..., :3].min() > 0.01, f"only {walked[..., :3].min():.2e} arrived on the near side"
+
+
+@pytest.mark.parametrize("maps", [1, 2, 3, 4, 5, 8])
+def test_each_map_walks_alone_whatever_their_number(maps):
+    stack, affinity, offsets = random_case(maps=maps)
+    alone = torch.cat([random_walk(one[None], affinity, offsets) for one in stack])
+    error = (random_walk(stack, affinity, offsets) - alone).abs().max()
+    assert error < 1e-6, f"{maps} maps: largest difference {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtype_and_shape_are_kept_and_inputs_untouched(dtype):
+    maps, affinity, offsets = random_case(dtype=dtype)
+    before = maps.clone(), affinity.clone()
+    walked = random_walk(maps.requires_grad_(), affinity.requires_grad_(), offsets, steps=3)
+    assert (walked.dtype, walked.shape) == (dtype, maps.shape), f"{walked.dtype} {tuple(walked.shape)}"
+    assert not walked.requires_grad, f"{dtype} scores carry a gradient"
+    assert torch.equal(maps, before[0]) and torch.equal(affinity, before[1]), f"{dtype} inputs were changed"
+
+
+def test_frames_are_the_walks_of_their_steps():
+    maps, affinity, offsets = random_case()
+    frames = list(walk_frames(maps, affinity, offsets, steps=10, every=4))
+    assert [step for step, _ in frames] == [0, 4, 8, 10], f"steps {[step for step, _ in frames]}"
+    for step, frame in frames:
+        error = (frame - random_walk(maps, affinity, offsets, steps=step)).abs().max()
+        assert error < 1e-6, f"frame {step} differs by {error:.2e}"
+
+
+def test_frames_are_copies():
+    maps, affinity, offsets = random_case(maps=4)
+    frames = walk_frames(maps, affinity, offsets, steps=2, every=1)
+    for _, frame in frames:
+        kept = frame.clone()
+        frame.zero_()
+    error = (kept - random_walk(maps, affinity, offsets, steps=2)).abs().max()
+    assert kept.is_contiguous() and error < 1e-6, f"writing on a frame moved the walk by {error:.2e}"
+
+
+def test_no_warning_is_printed():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        random_walk(*random_case(), steps=2)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(scores=torch.rand(3, 7, 6)), "grids of scores and affinity differ"),
+        (dict(scores=torch.rand(6, 7)), r"give floats \(K, h, w\)"),
+        (dict(scores=torch.ones(3, 6, 7, dtype=torch.int64)), r"give floats \(K, h, w\)"),
+        (dict(scores=torch.full((3, 6, 7), float("nan"))), "not finite; check the classifier"),
+        (dict(scores=torch.full((3, 6, 7), float("inf"))), "not finite; check the classifier"),
+        (dict(scores=torch.rand(3, 6, 7, device="meta")), "move one of them"),
+        (dict(affinity=torch.full((12, 6, 7), float("nan"))), "outside .* or not finite"),
+        (dict(affinity=torch.full((12, 6, 7), 1.5)), "outside"),
+        (dict(affinity=torch.full((12, 6, 7), -0.5)), "outside"),
+        (dict(affinity=torch.rand(11, 6, 7)), "P = 12 offsets"),
+        (dict(affinity=torch.ones(12, 6, 7, dtype=torch.uint8)), "give floats"),
+        (dict(offsets=[(0, -1), *half_disc(3)[1:]]), "see half_disc"),
+        (dict(offsets=[(0, 1), (0, 1), *half_disc(3)[2:]]), "distinct"),
+        (dict(beta=0), "beta is 0"),
+        (dict(beta=float("nan")), "beta is nan"),
+        (dict(steps=-1), "steps is -1"),
+    ],
+)
+def test_wrong_arguments_are_refused(change, message):
+    maps, affinity, offsets = random_case()
+    with pytest.raises(ValueError, match=message):
+        random_walk(**{**dict(scores=maps, affinity=affinity, offsets=offsets), **change})
+
+
+def test_frames_refuse_at_the_call():
+    with pytest.raises(ValueError, match="every is 0"):
+        walk_frames(*random_case(), every=0)
+
+
+@pytest.mark.parametrize("radius", [0, -1, float("nan")])
+def test_half_disc_refuses_a_radius_that_is_not_above_zero(radius):
+    with pytest.raises(ValueError, match="above 0"):
+        half_disc(radius)

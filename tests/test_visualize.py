@@ -1,0 +1,198 @@
+"""Palette, mask files, overlays, panels, plots and animations."""
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils import visualize
+from utils.errors import UserError
+from utils.visualize import (heatmap, overlay, overlay_mask, panel, plot_bars, plot_curves, read_mask, save_gif,
+                             save_mask, voc_palette)
+
+# VOC development kit: background, aeroplane, ..., tv monitor.
+VOC_COLOURS = [
+    (0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128), (128, 128, 128),
+    (64, 0, 0), (192, 0, 0), (64, 128, 0), (192, 128, 0), (64, 0, 128), (192, 0, 128), (64, 128, 128),
+    (192, 128, 128), (0, 64, 0), (128, 64, 0), (0, 192, 0), (128, 192, 0), (0, 64, 128)]
+
+
+def random_picture(height=30, width=40, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_palette_has_the_known_voc_colours():
+    palette = voc_palette()
+    assert palette.shape == (256, 3) and palette.dtype == np.uint8, f"{palette.shape} {palette.dtype}"
+    wrong = [(k, tuple(palette[k])) for k, colour in enumerate(VOC_COLOURS) if tuple(palette[k]) != colour]
+    assert not wrong, f"{len(wrong)} colours differ: {wrong}"
+    assert tuple(palette[255]) == (224, 224, 192), f"ignore is {tuple(palette[255])}"
+    assert len({tuple(colour) for colour in palette}) == 256, "two classes share a colour"
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_a_mask_survives_its_file_at_an_odd_size(tmp_path, dtype):
+    mask = np.random.default_rng(0).integers(0, 256, (65, 97)).astype(dtype)
+    save_mask(tmp_path / "a.png", mask)
+    back = read_mask(tmp_path / "a.png")
+    assert back.dtype == np.uint8 and back.shape == mask.shape, f"{back.dtype} {back.shape}"
+    assert (back == mask).all(), f"{(back != mask).sum()} of {mask.size} pixels changed"
+
+
+def test_a_mask_file_is_a_palette_png_in_voc_colours(tmp_path):
+    save_mask(tmp_path / "a.png", np.array([[0, 1], [38, 255]], np.uint8))
+    with Image.open(tmp_path / "a.png") as image:
+        assert (image.format, image.mode) == ("PNG", "P"), f"{image.format} {image.mode}"
+        colours = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    expected = voc_palette()[[0, 1, 38, 255]]
+    assert (colours == expected).all(), f"{colours.tolist()}, not {expected.tolist()}"
+
+
+def test_a_grey_mask_is_read_as_indices(tmp_path):
+    mask = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    Image.fromarray(mask).save(tmp_path / "grey.png")
+    assert (read_mask(tmp_path / "grey.png") == mask).all(), f"{read_mask(tmp_path / 'grey.png')}"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "1", "I;16", "LA"])
+def test_a_picture_that_is_no_mask_is_refused_with_its_name_and_the_remedy(tmp_path, mode):
+    Image.new(mode, (4, 3)).save(tmp_path / "colours.png")
+    with pytest.raises(UserError, match=r"colours\.png.*mode.*save_mask"):
+        read_mask(tmp_path / "colours.png")
+
+
+@pytest.mark.parametrize("mask", [np.zeros((3, 4), np.float32), np.zeros((3, 4, 3), np.uint8), np.full((3, 4), 256),
+                                  np.full((3, 4), -1), np.zeros((0, 4), np.uint8)])
+def test_an_array_that_is_no_mask_is_refused_and_leaves_nothing_behind(tmp_path, mask):
+    with pytest.raises(ValueError, match=r"a\.png"):
+        save_mask(tmp_path / "a.png", mask)
+    assert not list(tmp_path.iterdir()), f"left behind: {list(tmp_path.iterdir())}"
+
+
+def test_a_failed_write_keeps_the_old_mask_and_no_temporary_file(tmp_path, monkeypatch):
+    old = np.ones((3, 4), np.uint8)
+    save_mask(tmp_path / "a.png", old)
+
+    def fail(self, path, format):
+        Path(path).write_bytes(b"half a pi")
+        raise OSError("disk full")
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_mask(tmp_path / "a.png", old + 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"], f"{list(tmp_path.iterdir())}"
+    assert (read_mask(tmp_path / "a.png") == old).all(), "the old mask is gone"
+
+
+def test_heatmap_rises_in_lightness_and_survives_bad_values():
+    colours = heatmap(np.linspace(0, 1, 11)[None])
+    assert colours.shape == (1, 11, 3) and colours.dtype == np.uint8, f"{colours.shape} {colours.dtype}"
+    lightness = colours[0] @ np.array([0.299, 0.587, 0.114])
+    assert (np.diff(lightness) > 0).all(), f"lightness {lightness.round()}"
+    odd = heatmap(np.array([[-1.0, np.nan, 2.0]]))[0]
+    expected = colours[0, [0, 0, -1]]
+    assert (odd == expected).all(), f"{odd.tolist()}, not {expected.tolist()}"
+
+
+def test_overlay_blends_by_alpha():
+    image, colour = random_picture(seed=1), random_picture(seed=2)
+    assert (overlay(image, colour, 0) == image).all() and (overlay(image, colour, 1) == colour).all()
+    gap = np.abs(overlay(image, colour, 0.25) - (0.75 * image + 0.25 * colour)).max()
+    assert gap <= 0.5, f"off by {gap} grey levels"
+    assert (overlay(image, (10, 20, 30), 1.0) == (10, 20, 30)).all()
+
+
+def test_overlay_mask_leaves_the_background_alone_and_outlines_the_rest():
+    image, mask = random_picture(), np.zeros((30, 40), np.uint8)
+    mask[10:20, 10:20], mask[10:20, 20:25] = 3, 5
+    blend = overlay_mask(image, mask, alpha=1.0)
+    changed = (blend[mask == 0] != image[mask == 0]).sum()
+    assert changed == 0, f"{changed} background values changed"
+    assert (blend[12:18, 12:18] == VOC_COLOURS[3]).all(), f"inside is {blend[15, 15]}"
+    for place in ((10, 12), (15, 10), (15, 19), (15, 20), (19, 22)):
+        assert (blend[place] == 255).all(), f"{place} should be outline, is {blend[place]}"
+
+
+def test_overlay_mask_refuses_a_mask_of_another_size():
+    with pytest.raises(ValueError, match=r"\(30, 40\).*\(30, 41\)"):
+        overlay_mask(random_picture(), np.zeros((30, 41), np.uint8))
+
+
+def test_a_panel_scales_its_pictures_to_one_height_and_keeps_their_colours():
+    red = np.zeros((20, 40, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
+    image = panel([[red, red[:, :20]], [red[:10], None]], ["first", "2"], height=60)
+    reds = (np.asarray(image) == (255, 0, 0)).all(axis=2)
+    expected = 60 * 120 + 60 * 60 + 60 * 240
+    assert reds.sum() == expected, f"{reds.sum()} red pixels, not {expected}"
+    assert not reds.all(axis=0).any(), "no gap between the rows"
+
+
+def test_panel_titles_are_drawn_and_widen_their_column():
+    pictures = [[random_picture()], [random_picture()]]
+    plain = panel(pictures, [""])
+    titled = panel(pictures, ["a title much wider than the pictures of its column"], ["one", "two"])
+    assert titled.width > plain.width + 50 and titled.height == plain.height, f"{plain.size} {titled.size}"
+    strip = np.asarray(titled)[:20]
+    assert (strip < 100).sum() > 100, "no title above the pictures"
+
+
+@pytest.mark.parametrize("rows, titles, row_titles", [
+    ([[random_picture()]], ["a", "b"], None), ([[random_picture()]], ["a"], ["x", "y"]), ([], [], None),
+    ([[np.zeros((3, 4), np.uint8)]], ["a"], None), ([[np.zeros((3, 4, 3))]], ["a"], None)])
+def test_a_panel_that_does_not_add_up_is_refused(rows, titles, row_titles):
+    with pytest.raises(ValueError, match="do not match|a panel takes"):
+        panel(rows, titles, row_titles)
+
+
+def test_curves_are_drawn_with_gaps_and_marks(tmp_path):
+    plot_curves(tmp_path / "a.png", [0, 1, 2], {"mIoU": [1, None, 3], "fg": [2.0, 1.0, np.nan]}, "threshold", "IoU",
+                {"default": 1, "oracle": 1.5})
+    plot_curves(tmp_path / "plain.png", [0, 1, 2], {"mIoU": [1, None, 3]}, "threshold", "IoU")
+    marked, plain = (np.asarray(Image.open(tmp_path / name).convert("L")) for name in ("a.png", "plain.png"))
+    assert (plain < 128).any() and (marked < 128).sum() > (plain < 128).sum(), "no marks drawn"
+    assert len(list(tmp_path.iterdir())) == 2, f"{list(tmp_path.iterdir())}"
+
+
+def test_bar_plots_grow_with_the_classes(tmp_path):
+    sizes = {}
+    for count in (3, 38, 81):
+        names, values = [f"class {k}" for k in range(count)], list(np.linspace(0, 1, count))
+        plot_bars(tmp_path / f"{count}.png", names, {"CAM": values, "mask": values[:-1] + [None]}, "IoU")
+        sizes[count] = Image.open(tmp_path / f"{count}.png").size
+    pitch = (sizes[81][1] - sizes[38][1]) / (81 - 38)
+    assert pitch >= 20, f"{pitch:.1f} pixels a class, too tight for a name; sizes {sizes}"
+    assert sizes[3][0] == sizes[81][0], f"{sizes}"
+
+
+def test_series_of_another_length_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.png.*3 values.*short.*2"):
+        plot_curves(tmp_path / "a.png", [0, 1, 2], {"good": [1, 2, 3], "short": [1, 2]}, "x", "y")
+    with pytest.raises(ValueError, match=r"b\.png.*2 values.*long.*3"):
+        plot_bars(tmp_path / "b.png", ["cat", "dog"], {"long": [1, 2, 3]}, "IoU")
+
+
+def test_an_animation_keeps_its_frames_and_pace(tmp_path):
+    frames = [np.full((30, 40, 3), grey, np.uint8) for grey in (0, 128, 255)]
+    save_gif(tmp_path / "a.gif", frames, 0.4)
+    with Image.open(tmp_path / "a.gif") as image:
+        facts = (image.format, image.n_frames, image.size, image.info["duration"], image.info["loop"])
+        greys = []
+        for index in range(image.n_frames):
+            image.seek(index)
+            greys.append(int(np.asarray(image.convert("L")).mean()))
+    assert facts == ("GIF", 3, (40, 30), 400, 0), f"{facts}"
+    assert all(abs(grey - expected) <= 2 for grey, expected in zip(greys, (0, 128, 255))), f"frames {greys}"
+
+
+@pytest.mark.parametrize("frames", [[], [np.zeros((3, 4, 3), np.uint8), np.zeros((4, 4, 3), np.uint8)]])
+def test_frames_of_several_sizes_or_none_are_refused(tmp_path, frames):
+    with pytest.raises(ValueError, match=r"a\.gif.*frames of one size"):
+        save_gif(tmp_path / "a.gif", frames, 0.4)
+
+
+def test_importing_the_room_does_not_import_matplotlib():
+    root = Path(visualize.__file__).parents[1]
+    code = "import sys, utils.visualize; print('matplotlib' in sys.modules, 'imageio' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "False False", f"loaded at import: {out}"

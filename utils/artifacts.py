@@ -1,0 +1,151 @@
+"""The only file that knows paths and formats under data/cams and output/."""
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+
+MANIFEST = "manifest.json"
+STEP_COMMAND = {"cam": "python run_train.py --stage 1", "walk": "python run_inference.py",
+                "affinity_labels": "python run_train.py --stage 2", "mask": "python run_inference.py"}
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """A temporary path in the folder of `path` that replaces it when the block ends well, and vanishes if not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask():
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def write_json(path, value):
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path, remedy):
+    """Parse a JSON file; UserError with the remedy if it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no {path}; {remedy}") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"cannot read {path} ({error}); {remedy}") from None
+
+
+def run_dir(step, backbone):
+    """Default output folder of a training step, e.g. output/stage1_resnet50."""
+    return Path("output") / f"{step}_{backbone}"
+
+
+def file_hash(path):
+    """First 16 hex digits of the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def save_cam(folder, image_id, keys, cam, size):
+    """keys: (K,) zero-based class indices, ascending.  cam: (K, h, w) in [0, 1].  size: (H, W) of the image."""
+    save_arrays(folder, image_id, keys=np.asarray(keys, np.int64), cam=np.asarray(cam, np.float16),
+                size=np.asarray(size, np.int64))
+
+
+def save_arrays(folder, image_id, **arrays):
+    with atomic_path(Path(folder) / f"{image_id}.npz") as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load_arrays(folder, image_id, *names, remedy):
+    """Arrays of one image from its .npz; UserError with the remedy if it is missing, damaged or of another kind."""
+    path = Path(folder) / f"{image_id}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return tuple(file[name] for name in names)
+    except FileNotFoundError:
+        raise UserError(f"no {names[1]} for {image_id} in {folder}; {remedy}") from None
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged or foreign ({error}); delete it, then {remedy}") from None
+
+
+def load_cam(folder, image_id):
+    """(keys int64 (K,), cam float32 (K, h, w), size (2,)) of one image."""
+    keys, cam, size = load_arrays(folder, image_id, "keys", "cam", "size", remedy=f"run: {STEP_COMMAND['cam']}")
+    return keys, cam.astype(np.float32), size
+
+
+class Folder:
+    """A folder of one file per image whose manifest.json, written last, says what the files are.
+
+    `identity` is a dict of plain values that decide the files' contents.  Opening a folder whose manifest, or whose
+    unfinished work, has another identity throws that work away; with the same identity finished images are kept.
+    """
+
+    def __init__(self, path, step, suffix, identity):
+        self.path, self.step, self.suffix = Path(path), step, suffix
+        self.identity = json.loads(json.dumps(identity))  # as it will read back
+        self.started = time.time()
+
+    def begin(self):
+        """Make the folder ready for writing; returns how many files of the same identity were found."""
+        previous = self._previous()
+        if previous is None or previous.get("identity") != self.identity:
+            if previous is None and self.path.is_dir() and any(self.path.glob(f"*{self.suffix}")):
+                raise UserError(f"{self.path} holds {self.suffix} files that this project did not write; "
+                                "name another folder")
+            if previous is not None and previous.get("step") != self.step:
+                raise UserError(f"{self.path} holds the results of step {previous.get('step')}, not {self.step}; "
+                                "name another folder")
+            for file in self.path.glob(f"*{self.suffix}"):
+                file.unlink()
+        write_json(self.path / MANIFEST, {"step": self.step, "identity": self.identity, "complete": False})
+        return len(list(self.path.glob(f"*{self.suffix}")))
+
+    def has(self, image_id):
+        return (self.path / f"{image_id}{self.suffix}").is_file()
+
+    def finish(self, image_ids, options, environment, failures=(), parent=None):
+        """Write the manifest: what was made, from what, by which options."""
+        write_json(self.path / MANIFEST, {
+            "step": self.step, "complete": True, "identity": self.identity, "options": options, **environment,
+            "count": len(image_ids), "seconds": round(time.time() - self.started, 1), "failures": list(failures),
+            "made_from": None if parent is None else file_hash(Path(parent) / MANIFEST), "images": list(image_ids)})
+
+    def _previous(self):
+        path = self.path / MANIFEST
+        return read_json(path, f"delete the folder {self.path} and run the step again") if path.is_file() else None
+
+
+def read_manifest(folder, step):
+    """The manifest of a finished folder of `step` ("cam", "mask", ...); UserError with the command that makes it."""
+    remedy = f"run: {STEP_COMMAND[step]}"
+    manifest = read_json(Path(folder) / MANIFEST, remedy)
+    if manifest.get("step") != step:
+        raise UserError(f"{folder} holds the results of step {manifest.get('step')}, not {step}; name another folder")
+    if not manifest.get("complete"):
+        raise UserError(f"{folder} is unfinished; {remedy} (finished images are kept)")
+    return manifest

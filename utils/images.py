@@ -1,0 +1,45 @@
+"""Reading pictures whatever they are under their name."""
+import numpy as np
+from PIL import Image
+
+from utils.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".JPG", ".JPEG", ".PNG")
+
+
+def read_image(path):
+    """RGB uint8 (H, W, 3) of any picture Pillow reads: PNG, GIF (first frame), grey, palette or RGBA under any name.
+
+    Transparent pixels are laid on white.  The EXIF orientation is left alone, as masks are drawn on stored pixels.
+    Raises UserError naming the file if it is missing or cannot be decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        raise UserError(f"no image {path}; put it there or take its id out of the split file") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot decode image {path} ({error}); replace the file or take its id out of the split") from None
+
+
+def image_size(path):
+    """(H, W) from the header alone."""
+    try:
+        with Image.open(path) as image:
+            return image.size[1], image.size[0]
+    except FileNotFoundError:
+        raise UserError(f"no image {path}; put it there or take its id out of the split file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot decode image {path} ({error}); replace the file or take its id out of the split") from None
+
+
+def find_image(folder, image_id):
+    """Path of the image with this stem in `folder`, or None."""
+    for suffix in SUFFIXES:
+        path = folder / f"{image_id}{suffix}"
+        if path.is_file():
+            return path
+    return None

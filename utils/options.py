@@ -1,0 +1,166 @@
+"""Every flag of the scripts, declared once: its type, unit, meaning and default."""
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Flag:
+    """type: converter, or bool for --x/--no-x.  default: what holds if neither the user nor an upstream record says."""
+    type: object
+    help: str
+    default: object = None
+    choices: tuple = None
+    nargs: str = None
+    metavar: str = None
+
+
+def _number(kind, low, high=float("inf"), open_low=False):
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high or (open_low and value == low):
+            bounds = f"above {low}" if open_low else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be {bounds}"
+                                             + (f" and at most {high}" if high != float("inf") else ""))
+        return value
+    convert.__name__ = "whole number" if kind is int else "number"
+    return convert
+
+
+count, natural, side = _number(int, 1), _number(int, 0), _number(int, 32)
+positive, share, weight = _number(float, 0, open_low=True), _number(float, 0, 1), _number(float, 0)
+
+FLAGS = {
+    "dataset": Flag(str, "layout of the data", "pet", choices=("pet", "folder")),
+    "data_root": Flag(str, "folder of the dataset", "data/oxford-iiit-pet"),
+    "split": Flag(str, "split to work on; pet: trainval, test; folder: all or the name of a list <split>.txt"),
+    "ids": Flag(str, "text file of image ids, one a line: work on these images of the split only", metavar="FILE"),
+    "limit": Flag(count, "only the first N images", metavar="N"),
+    "download": Flag(bool, "fetch Oxford-IIIT Pet (0.8 GB) if it is not there", False),
+    "backbone": Flag(str, "trunk of the network", "resnet50",
+                     choices=("resnet18", "resnet34", "resnet50", "resnet101", "resnet38")),
+    "width": Flag(positive, "channel multiplier of resnet38", 1.0),
+    "output_stride": Flag(int, "pixels per cell of the trunk's last map", 16, choices=(8, 16)),
+    "pretrained": Flag(str, "initial weights of the trunk: imagenet, none, or a checkpoint file"),
+    "bn": Flag(str, "batch normalisation: frozen, train, or auto = frozen where its statistics were loaded, else train",
+               "auto", choices=("auto", "frozen", "train")),
+    "freeze": Flag(natural, "how many of the trunk's first blocks stay as loaded (block 1 is the stem; 0 with "
+                            "random weights)", 2),
+    "batch_size": Flag(count, "images per step", 16),
+    "epochs": Flag(count, "passes over the training images"),
+    "lr": Flag(positive, "initial learning rate of the trunk; heads get --head_lr times as much", 0.01),
+    "head_lr": Flag(positive, "learning-rate multiplier of newly initialised heads", 10.0),
+    "momentum": Flag(share, "SGD momentum", 0.9),
+    "weight_decay": Flag(weight, "SGD weight decay, of weights only (not of biases and batch normalisation)", 1e-4),
+    "crop_size": Flag(side, "side of the square training crop in pixels, rounded to 16k + 1", 448),
+    "max_size": Flag(side, "images with a longer side, in pixels, are scaled down to it for the networks and the CRF", 512),
+    "val_fraction": Flag(_number(float, 0, 0.5), "share of the training images held out to choose model_best "
+                                                 "(by labels or pseudo-labels, never by ground-truth masks)", 0.1),
+    "scales": Flag(positive, "image scales whose maps are averaged", (0.5, 1.0, 1.5), nargs="+"),
+    "flip": Flag(bool, "average with the mirrored image", True),
+    "labels": Flag(str, "image labels that gate the maps: gt (known) or predicted by the classifier",
+                   choices=("gt", "predicted")),
+    "cam_dir": Flag(str, "folder of CAMs", "data/cams"),
+    "mask_dir": Flag(str, "folder of masks (PNG)"),
+    "model_path": Flag(str, "checkpoint to start from"),
+    "output_dir": Flag(str, "folder for the results"),
+    "crf": Flag(bool, "refine with a dense CRF", True),
+    "crf_preset": Flag(str, "parameters of the dense CRF", "psa", choices=("psa", "irn", "seamv1", "mctformer", "avc")),
+    "alpha_low": Flag(positive, "background exponent for confident foreground", 4.0),
+    "alpha_high": Flag(positive, "background exponent for confident background", 24.0),
+    "bg_alpha": Flag(positive, "exponent of the background score (1 - max cam)^alpha", 6.0),
+    "bg_threshold": Flag(share, "share of the scores from which on a pixel counts as foreground", 0.5),
+    "beta": Flag(positive, "element-wise power of the affinities in the random walk", 8.0),
+    "walk_steps": Flag(natural, "power t of the transition matrix", 256),
+    "radius": Flag(_number(int, 2), "pixel pairs closer than this, in stride-8 cells, have an affinity", 5),
+    "device": Flag(str, "cpu, cuda or cuda:N; auto takes a GPU if there is one", "auto"),
+    "precision": Flag(str, "arithmetic of the networks; bf16 is autocast, scores and losses stay float32", "fp32",
+                      choices=("fp32", "bf16")),
+    "workers": Flag(natural, "processes that read images or run the CRF", min(8, os.cpu_count() or 1)),
+    "seed": Flag(natural, "seed of everything random", 0),
+    "resume": Flag(bool, "go on from checkpoint.pth.tar of the output folder", False),
+    "dry_run": Flag(bool, "check everything, print the options and stop", False),
+    "tensorboard": Flag(bool, "also write TensorBoard events (needs the tensorboard package)", False),
+}
+
+DATA = ("dataset", "data_root", "split", "ids", "limit")
+MACHINE = ("device", "precision", "workers", "seed", "dry_run")
+TRAINING = ("batch_size", "epochs", "lr", "head_lr", "momentum", "weight_decay", "crop_size", "max_size", "val_fraction",
+            "bn", "freeze", "resume", "tensorboard")
+TRUNK = ("backbone", "width", "output_stride", "pretrained")
+MAPS = ("scales", "flip", "labels")
+WALK = ("bg_alpha", "bg_threshold", "beta", "walk_steps", "radius")
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line with exit status 2.  `defaults` overrides those of FLAGS for one script."""
+
+    def __init__(self, description, names, **defaults):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.flags = {}
+        for name in names:
+            self._declare(name, defaults.get(name, FLAGS[name].default))
+
+    def _declare(self, name, default):
+        flag = FLAGS[name]
+        self.flags[name] = default
+        shown = " ".join(map(str, default)) if isinstance(default, (tuple, list)) else default
+        text = flag.help + (f" (default: {'on' if default is True else 'off' if default is False else shown})"
+                            if default is not None else " (default: inherited or chosen by the step)")
+        keywords = {"dest": name, "default": None, "help": text.replace("%", "%%")}
+        if flag.type is bool:
+            keywords["action"] = argparse.BooleanOptionalAction
+        else:
+            keywords.update(type=flag.type, choices=flag.choices, nargs=flag.nargs, metavar=flag.metavar)
+        self.add_argument(f"--{name}", **keywords)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def resolve(parser, args, upstream=None, source=None, inherit=()):
+    """Fill every flag left at None: from the upstream step's record if its name is in `inherit`, else by its default.
+
+    upstream: dict of options, or None.  source: where it comes from, for the printed line.
+    Returns args; values that came from upstream are printed, so that nothing is inherited in silence.
+    """
+    inherited = []
+    for name, default in parser.flags.items():
+        if getattr(args, name) is not None:
+            continue
+        if upstream is not None and name in inherit and upstream.get(name) is not None:
+            setattr(args, name, upstream[name])
+            inherited.append(f"{name}={_shown(upstream[name])}")
+        else:
+            setattr(args, name, list(default) if isinstance(default, tuple) else default)
+    if inherited:
+        print(f"Inherited {' '.join(inherited)} from {source}", file=sys.stderr)
+    return args
+
+
+def _shown(value):
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+
+def print_options(step, args):
+    """Print the resolved options in one block."""
+    values = {name: value for name, value in sorted(vars(args).items()) if value is not None}
+    print(f"{step}\n  " + "  ".join(f"{name}={_shown(value)}" for name, value in values.items()), file=sys.stderr)
+
+
+def pick_device(name):
+    """torch.device of --device; UserError where it is not to be had."""
+    import torch
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"no device {name!r}; pass --device cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name} but PyTorch sees no GPU; pass --device cpu")
+    return device

@@ -1,0 +1,46 @@
+"""How every script runs: memory and threads set up before torch is loaded, and errors told in one line."""
+import ctypes
+import os
+import sys
+
+from utils.errors import UserError
+
+# Parameters of glibc's mallopt(3).
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+
+
+def keep_memory():
+    """Tell glibc to serve blocks up to 1 GiB from its heap and to keep up to 2 GiB of freed memory.
+
+    By default a large tensor is mapped anew and its pages are faulted in again: on two CPU cores that was
+    39 % of a training step.  Elsewhere than on glibc, or on failure, nothing changes.  Returns whether it took effect.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # musl and others
+        return False
+    return all([mallopt(M_MMAP_THRESHOLD, 2**30), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_TOP_PAD, 256 << 20)])
+
+
+def wait_quietly():
+    """Let OpenMP threads sleep while they wait for each other; must be called before torch is imported.
+
+    Spinning threads are a little faster alone, but on cores shared with data workers they were 2 to 10 times slower.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def run_main(main):
+    """Call a script's main(); turn what a user can mend into one line on stderr and a non-zero exit status."""
+    wait_quietly()
+    keep_memory()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
+    except (UserError, OSError) as error:
+        print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
