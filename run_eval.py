@@ -15,7 +15,8 @@ INHERITED = ("dataset", "data_root", "split", "ids", "limit", "scales", "flip", 
 
 
 def main(argv=None):
-    parser = flags.Parser(__doc__, NAMES, output_dir="output/eval", model_path="output/stage2_resnet50/model_best.pth.tar")
+    parser = flags.Parser(__doc__, NAMES, output_dir="output/eval",
+                          model_path="output/stage2_resnet50/model_best.pth.tar")
     args = parser.parse_args(argv)
     if args.mask_dir and args.model_path:
         parser.error("--mask_dir scores masks as they are and --model_path makes them; pass one of them")

@@ -14,7 +14,8 @@ INHERITED = ("dataset", "data_root", "split", "ids", "limit", "scales", "flip", 
 
 
 def build_parser():
-    parser = flags.Parser(__doc__, NAMES, output_dir="output/inference", model_path="output/stage2_resnet50/model_best.pth.tar")
+    parser = flags.Parser(__doc__, NAMES, output_dir="output/inference",
+                          model_path="output/stage2_resnet50/model_best.pth.tar")
     parser.add_argument("--images", metavar="PATH", help="an image or a folder of images, instead of a dataset's split")
     parser.add_argument("--save_overlays", action="store_true", help="also write the masks laid over the images")
     parser.add_argument("--save_walk", action="store_true",
@@ -29,6 +30,7 @@ def main(argv=None):
     from src.start import begin, default_labels, open_split
     payload, args.model_path = inference.open_checkpoint(args.model_path, parser.flags["model_path"])
     flags.resolve(parser, args, payload["options"], args.model_path, INHERITED)
+    args.crop_size = payload["options"]["crop_size"]  # no flag of this step, but of its record: step 5 inherits it
     if args.images is not None:
         if args.labels == "gt":
             parser.error("--images has no labels to go by; leave --labels out")

@@ -10,9 +10,11 @@ from utils import options as flags
 from utils.runtime import run_main
 
 COMMON = ("download", *flags.DATA, *flags.TRUNK, *flags.TRAINING, "cam_dir", "output_dir", *flags.MACHINE)
-NAMES = {1: (*COMMON, *flags.MAPS), 2: (*COMMON, "model_path", "radius", "alpha_low", "alpha_high", "crf_preset")}
-DEFAULTS = {1: {"epochs": 8}, 2: {"epochs": 6, "batch_size": 8}}
-INHERITED = (*flags.DATA, "backbone", "width", "output_stride", "crop_size", "max_size", "precision", "seed", "model_path")
+NAMES = {1: (*COMMON, "method", *flags.MAPS),
+         2: (*COMMON, "model_path", "radius", "alpha_low", "alpha_high", "crf_preset")}
+DEFAULTS = {1: {"epochs": 8, "freeze": None, "head_lr": 1.0}, 2: {"epochs": 6, "batch_size": 8}}
+INHERITED = (*flags.DATA, "backbone", "width", "output_stride", "crop_size", "max_size", "precision", "seed",
+             "model_path")
 
 
 def parser_for(argv):
@@ -41,6 +43,8 @@ def main(argv=None):
         classifier = load_checkpoint(args.model_path, steps=("stage1",))
         args.pretrained = args.pretrained or args.model_path
         train.check_same_classifier(classifier, manifest, args.model_path, args.cam_dir)
+        # Not flags of this stage, but of its record: step 3 inherits them, so that these CAMs fit its options.
+        args.scales, args.flip = manifest["options"]["scales"], manifest["options"]["flip"]
     else:
         flags.resolve(parser, args)
         args.labels = args.labels or "gt"

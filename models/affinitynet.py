@@ -1,4 +1,4 @@
-"""AffinityNet (Ahn & Kwak, CVPR 2018, Sec. 3.2): pixel features whose L1 distance is semantic affinity, and its loss."""
+"""AffinityNet (Ahn & Kwak, CVPR 2018, Sec. 3.2): pixel features whose L1 distance is affinity, and its loss."""
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -40,7 +40,8 @@ def pair_views(x, offset):
     dy, dx = offset
     h, w = x.shape[-2:]
     left, right = max(0, -dx), max(0, dx)
-    return x[..., :h - dy, left:w - right], x[..., dy:, right:w - left]
+    # A grid narrower than the offset has no pairs: a negative end would count from the other side.
+    return x[..., :max(0, h - dy), left:max(0, w - right)], x[..., dy:, right:max(0, w - left)]
 
 
 def pair_affinity(features, offset):
@@ -115,7 +116,8 @@ class _PairSums(torch.autograd.Function):
             first, second = pair_views(features, offset)
             difference = first - second  # (B, D, h', w')
             affinity = torch.exp(-difference.abs().mean(dim=1))
-            background, foreground, negative = (mask * weight for mask, weight in zip(_kind_masks(labels, offset), grad))
+            masks = _kind_masks(labels, offset)
+            background, foreground, negative = (mask * weight for mask, weight in zip(masks, grad))
             slope = (background + foreground) * affinity / (affinity + EPS) - negative * affinity / (1 + EPS - affinity)
             step = difference.sign_().mul_(slope[:, None] / features.shape[1])
             for view, sign in zip(pair_views(out, offset), (1, -1)):

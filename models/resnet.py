@@ -8,7 +8,7 @@ DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101")
 class ResNet(nn.Module):
     """He et al., CVPR 2016, without pooling and classifier, dilated to a finer output stride.
 
-    name: one of DEPTHS.  output_stride: 16 (layer4 keeps the grid of layer3) or 8 (layer3 and layer4 keep that of layer2).
+    name: one of DEPTHS.  output_stride: 16 (layer4 keeps the grid of layer3) or 8 (layer3 and layer4 keep layer2's).
     Parameter names are torchvision's, so that its checkpoints load as they are.
     """
     stages = ("layer2", "layer3", "layer4")

@@ -45,15 +45,16 @@ def _imagenet(backbone):
     try:
         return load_state_dict_from_url(weights.url, progress=True, weights_only=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot download the ImageNet weights of {backbone} ({error}); fetch {weights.url} elsewhere and "
-                        "pass --pretrained PATH, or pass --pretrained none") from None
+        raise UserError(f"cannot download the ImageNet weights of {backbone} ({error}); fetch {weights.url} elsewhere "
+                        "and pass --pretrained PATH, or pass --pretrained none") from None
 
 
 def _state_of(payload, source):
     """Name -> tensor of a trunk, from either kind of file."""
     if isinstance(payload, dict) and payload.get("format") == FORMAT:
         record = next(iter(payload["networks"].values()))
-        payload = {name[len("trunk."):]: tensor for name, tensor in record["state"].items() if name.startswith("trunk.")}
+        payload = {name.removeprefix("trunk."): tensor for name, tensor in record["state"].items()
+                   if name.startswith("trunk.")}
     if not isinstance(payload, dict) or not all(hasattr(value, "shape") for value in payload.values()):
         raise UserError(f"{source} is not a dict of tensors; pass a state dict with torchvision's names")
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in payload.items()}

@@ -1,6 +1,7 @@
 """The one training loop of all stages: schedule, logging, validation, checkpoints, and resuming to the same result."""
 import contextlib
 import math
+import os
 import signal
 import sys
 import time
@@ -51,11 +52,13 @@ def train(task, options, run_dir, device):
     else:
         run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "options.json", {"step": task.step, "options": options, **environment(device)})
-    with contextlib.closing(JsonLog(run_dir / "log.jsonl", append=options["resume"])) as log, _Interrupt() as interrupt, \
-            contextlib.closing(_tensorboard(options, run_dir)) as board:
+    with contextlib.closing(JsonLog(run_dir / "log.jsonl", append=options["resume"])) as log, \
+            contextlib.closing(_tensorboard(options, run_dir)) as board, _Interrupt() as interrupt:
         while run.epoch < options["epochs"]:
             run.train_epoch(log, board, interrupt)
             run.finish_epoch(log, board)
+            if interrupt.seen:  # while it validated
+                run._save_and_stop()
     return run_dir / "model_best.pth.tar"
 
 
@@ -81,7 +84,7 @@ class Run:
             terms = self._step(batch)
             images += len(batch["image"])
             rate = images / (time.time() - started)
-            bar.set_postfix_str(f"loss {terms['loss']:.4f} img/s {rate:.1f}")
+            bar.set_postfix_str(f"loss {terms['loss']:.4f} img/s {rate:.1f}", refresh=False)
             line = {"epoch": self.epoch, "step": self._global_step(), "lr": self.optimizer.param_groups[0]["lr"],
                     "images_per_second": round(rate, 2), **terms}
             log.write(**line)
@@ -158,8 +161,8 @@ class Run:
                    for name, value in self.options.items()
                    if name not in RESUME_FREE and payload["options"].get(name) != value]
         if changed:
-            raise UserError(f"--resume: {path} was made with other options ({'; '.join(changed)}); pass the same ones, or "
-                            "leave --resume out to start anew")
+            raise UserError(f"--resume: {path} was made with other options ({'; '.join(changed)}); pass the same ones, "
+                            "or leave --resume out to start anew")
         name = next(iter(payload["networks"]))
         self.network.load_state_dict(payload["networks"][name]["state"])
         self.optimizer.load_state_dict(payload["optimizer"])
@@ -168,8 +171,9 @@ class Run:
         print(f"Resuming {path} at epoch {self.epoch + 1}, step {self.step}", file=sys.stderr)
 
 
-RESUME_FREE = ("resume", "workers", "device", "dry_run", "tensorboard", "download", "output_dir", "data_root", "cam_dir",
-               "mask_dir")  # options that may differ between the parts of one run: they do not change what is computed
+# Options that may differ between the parts of one run: they do not change what is computed.
+RESUME_FREE = ("resume", "workers", "device", "dry_run", "tensorboard", "download", "output_dir", "data_root",
+               "cam_dir", "mask_dir")
 
 
 def _show(value):
@@ -198,14 +202,16 @@ def autocast(device, precision):
 
 
 class _Interrupt:
-    """Remembers SIGINT and SIGTERM, so that the running step can be finished and the state saved; a second one kills."""
+    """Remembers SIGINT and SIGTERM, so that the running step is finished and the state saved; a second one kills."""
 
     def __enter__(self):
-        self.seen = False
+        self.seen, self.process = False, os.getpid()
         self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _note(self, number, frame):
+        if os.getpid() != self.process:  # a data worker, forked with this handler; Ctrl-C reaches it too
+            return
         if self.seen:
             raise KeyboardInterrupt
         self.seen = True

@@ -1,4 +1,4 @@
-"""Masks against ground truth: tables, threshold sweeps, plots, and pictures of a fixed sample and of the worst images."""
+"""Masks against ground truth: tables, threshold sweeps, plots, pictures of a fixed sample and of the worst images."""
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +41,10 @@ def _print_table(table, dataset, options):
     print(f"{'':<14}{'':<10}{'threshold':>9}{'mIoU':>9}{'fg IoU':>9}{'per image':>11}")
     for name, row in table.items():
         for kind, entry in row.items():
-            threshold = "" if name == BOX or options.get("mask_dir") else entry.get("threshold", options["bg_threshold"])
-            print(f"{name:<14}{kind if len(row) > 1 else '':<10}{threshold:>9}{entry['miou']:>9.3f}{entry['fg_iou']:>9.3f}"
-                  f"{entry['image_fg_iou']:>11.3f}")
+            fixed = name == BOX or options.get("mask_dir")
+            threshold = "" if fixed else entry.get("threshold", options["bg_threshold"])
+            print(f"{name:<14}{kind if len(row) > 1 else '':<10}{threshold:>9}{entry['miou']:>9.3f}"
+                  f"{entry['fg_iou']:>9.3f}{entry['image_fg_iou']:>11.3f}")
     last = list(table)[-1]
     per_class = zip(["background", *dataset.classes], table[last]["fixed"]["iou"])
     print(f"{last}, IoU by class: " + "  ".join(f"{name} {'-' if iou is None else f'{iou:.3f}'}"
@@ -53,7 +54,8 @@ def _print_table(table, dataset, options):
 def _plots(dataset, tallies, table, folder):
     swept = {name: tally for name, tally in tallies.items() if "oracle" in table[name]}
     if swept:
-        curves = {name: [scores(matrix)["miou"] for matrix in tally.sweep.confusions()] for name, tally in swept.items()}
+        curves = {name: [scores(matrix)["miou"] for matrix in tally.sweep.confusions()]
+                  for name, tally in swept.items()}
         thresholds = next(iter(swept.values())).sweep.thresholds().tolist()
         plot_curves(folder / "thresholds.png", thresholds, curves, "foreground share from which a pixel is foreground",
                     "mIoU")

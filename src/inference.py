@@ -22,6 +22,7 @@ from utils.random_walk import half_disc, random_walk, walk_frames
 from utils.visualize import heatmap, overlay, overlay_mask, save_gif, save_mask, save_picture
 
 CAM_STRIDE, WALK_STRIDE = 4, 8
+SHARPNESS = 2.2  # 0.5 ** 2.2 = 0.22, which is (1 - 0.22) ** 6
 
 
 def record_hash(record):
@@ -35,9 +36,9 @@ def record_hash(record):
 def check_classes(dataset, classes, source):
     """UserError unless a checkpoint or folder was made for the classes of the dataset."""
     if list(classes) != list(dataset.classes):
-        raise UserError(f"{source} knows {len(classes)} classes ({', '.join(classes[:3])}, ...), but {dataset.root} has "
-                        f"{len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...); pass another --data_root or "
-                        "--model_path")
+        raise UserError(f"{source} knows {len(classes)} classes ({', '.join(classes[:3])}, ...), but {dataset.root} "
+                        f"has {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...); pass another --data_root "
+                        "or --model_path")
 
 
 def label_keys(logits, labels, mode):
@@ -53,26 +54,39 @@ def label_keys(logits, labels, mode):
 
 @torch.no_grad()
 def multi_scale_cam(classifier, views, size, flip, device, precision):
-    """Sum of the rectified CAMs over scales and flips (recipes.md, CAM inference).
+    """CAMs summed, and the common object's log-odds averaged, over scales and flips (recipes.md, CAM inference).
 
     views: list of (3, h, w) normalised images, one per scale.  size: (h, w) of the result.
-    Returns (logits (K,) averaged over the views, cam (K, *size)), both numpy float32.
+    Returns (logits (K,) averaged over the views, cam (K, *size), log-odds (*size)), numpy float32.
     """
-    logits, total = 0, 0
+    logits, total, odds = 0, 0, 0
     for view in views:
         batch = torch.stack([view, view.flip(-1)] if flip else [view]).to(device, memory_format=torch.channels_last)
         with autocast(device, precision):
-            scores, cam = classifier.cam(batch)
-        if flip:
-            cam = torch.stack([cam[0], cam[1].flip(-1)])
-        total = total + F.interpolate(cam.float().relu(), size=size, mode="bilinear", align_corners=True).sum(dim=0)
+            scores, cam, common = classifier.localise(batch)
+        total = total + _resized(cam.relu(), size).sum(dim=0)
+        odds = odds + _resized(common[:, None], size).mean(dim=(0, 1)) / len(views)
         logits = logits + scores.float().mean(dim=0) / len(views)
-    return logits.cpu().numpy(), total.cpu().numpy()
+    return logits.cpu().numpy(), total.cpu().numpy(), odds.cpu().numpy()
 
 
-def normalised_cam(cam, keys):
-    """The maps of the classes `keys`, each divided by its own maximum: (len(keys), h, w) in [0, 1]."""
+def _resized(maps, size):
+    """Maps (B, K, h, w) of an image and, if B is 2, of its mirror image: resized, and the second turned back."""
+    maps = F.interpolate(maps.float(), size=size, mode="bilinear", align_corners=True)
+    return maps if len(maps) == 1 else torch.stack([maps[0], maps[1].flip(-1)])
+
+
+def normalised_cam(cam, keys, odds=None):
+    """The maps of the classes `keys`, each divided by its own maximum: (len(keys), h, w) in [0, 1].
+
+    odds: log-odds (h, w) of the common object, or None for plain CAMs.  With them, a pixel's map is the probability of
+    the object, sharpened so that an undecided pixel meets the background score of the default alpha, shared out among
+    the classes by their CAMs: the object says where, the CAM says which.
+    """
     cam = cam[keys]
+    if odds is not None and len(keys):
+        share = (cam + 1e-6) / (cam.max(axis=0) + 1e-6)
+        cam = share / (1 + np.exp(-np.clip(odds, -30, 30))) ** SHARPNESS
     return cam / np.maximum(cam.max(axis=(1, 2), keepdims=True), 1e-8)
 
 
@@ -83,10 +97,10 @@ def cam_size(size, max_size):
 
 def image_cam(classifier, item, labels, options, device):
     """(keys, cam) of one item of `WholeImages`: its classes and their normalised maps."""
-    logits, cam = multi_scale_cam(classifier, item["views"], cam_size(item["size"], options["max_size"]),
-                                  options["flip"], device, options["precision"])
+    logits, cam, odds = multi_scale_cam(classifier, item["views"], cam_size(item["size"], options["max_size"]),
+                                        options["flip"], device, options["precision"])
     keys = label_keys(logits, labels, options["labels"])
-    return keys, normalised_cam(cam, keys)
+    return keys, normalised_cam(cam, keys, odds if classifier.common.fitted else None)
 
 
 def cam_folder(path, record, classes, dataset_name, options):
@@ -134,6 +148,9 @@ def walk_folder(path, record, cams, options):
 
 def make_walks(record, dataset, cams, folder, options, device):
     """Write the walked scores of every image of a split that are not there yet; the manifest comes last."""
+    if _same_identity(folder, complete=True) and all(folder.has(image_id) for image_id in dataset.ids):
+        print(f"Using the walked scores in {folder.path}: same networks and options")
+        return  # its manifest stays as it is: that of the masks made from it holds its hash
     folder.begin()
     pending = dataset.subset([i for i, image_id in enumerate(dataset.ids) if not folder.has(image_id)])
     if pending.ids:
@@ -174,9 +191,10 @@ def make_scores(payload, dataset, options, device):
     return cams, walks
 
 
-def _same_identity(folder):
+def _same_identity(folder, complete=False):
     manifest = folder.path / "manifest.json"
-    return manifest.is_file() and read_json(manifest, "delete it").get("identity") == folder.identity
+    found = read_json(manifest, "delete it") if manifest.is_file() else {}
+    return found.get("identity") == folder.identity and (not complete or found["complete"])
 
 
 def run(payload, dataset, options, device):

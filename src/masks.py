@@ -1,4 +1,4 @@
-"""From score maps to masks, one image at a time: CRF, threshold, affinity labels. No torch, as CRF workers import this."""
+"""From score maps to masks, one image at a time: CRF, threshold, affinity labels. No torch: CRF workers import this."""
 from functools import partial
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def _label_file(item, cam_dir, folder, settings):
 
 
 def make_masks(dataset, score_dir, folder, options, overlays=False):
-    """Write the masks of a split, and overlays/ beside them if asked for; finished ones of the same options are kept."""
+    """Write the masks of a split, overlays/ beside them if asked for; finished ones of the same options are kept."""
     settings = {name: options[name] for name in ("crf", "crf_preset", "max_size", "bg_threshold")}
     work = partial(_mask_file, score_dir=str(score_dir), folder=str(folder.path), settings=settings, overlays=overlays)
     _run(work, dataset, folder, options["workers"], "masks", overlays)

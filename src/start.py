@@ -1,4 +1,4 @@
-"""What every script does between its flags and its work: open the split, settle the device, say what is about to run."""
+"""What every script does between its flags and its work: open the split, settle the device, say what will run."""
 import sys
 
 from utils.datasets import open_dataset
@@ -26,7 +26,8 @@ def begin(step, args, dataset=None):
     facts = environment(device)
     dirty = " with changes" if facts["git_dirty"] else ""
     print(f"  torch {facts['torch']} on {facts['device_name']}, commit {(facts['git_commit'] or 'none')[:10]}{dirty}"
-          + (f", {len(dataset)} images, {len(dataset.classes)} classes" if dataset is not None else ""), file=sys.stderr)
+          + (f", {len(dataset)} images, {len(dataset.classes)} classes" if dataset is not None else ""),
+          file=sys.stderr)
     if args.dry_run:
         print("Dry run: everything checked, nothing done.", file=sys.stderr)
     return device

@@ -4,17 +4,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from models.affinitynet import KINDS, affinity_loss
-from models.build import build_network, pack
+from models.build import build_network, pack, unpack
 from models.classifier import classification_loss
 from models.weights import load_pretrained
 from src import engine, inference, masks
 from utils.artifacts import Folder, read_manifest
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.loader import TrainingSamples, WholeImages, whole_image_loader
-from utils.log import environment
+from utils.log import environment, progress
 from utils.maps import snapped_size
 from utils.metrics import average_precision
 from utils.random_walk import half_disc
@@ -22,6 +23,7 @@ from utils.transforms import Augmentation
 from utils.visualize import read_mask
 
 LONG_SIDE = (0.625, 1.25)  # range of the image's long side in crop sizes: 320..640 at crop 512 (IRN)
+DESCRIPTORS = 65_536  # to which the common-object head is fitted: 0.27 GB at 1024 channels
 GRID = 8  # pixels per cell of AffinityNet's features
 
 
@@ -41,10 +43,28 @@ def initialise(network, options):
         if source is not None:
             raise
         loaded, line = load_pretrained(network.trunk, options["backbone"], "none")
-        print(f"WARNING: {error}\nWARNING: training starts from RANDOM weights; masks will be much worse", file=sys.stderr)
+        print(f"WARNING: {error}\nWARNING: training starts from RANDOM weights; masks will be much worse",
+              file=sys.stderr)
         options["pretrained"] = "none"
     print(line, file=sys.stderr)
+    if "method" in options:
+        _settle_method(network, options, bool(loaded))
     network.freeze(options["freeze"] if loaded else 0, options["bn"], loaded)
+
+
+def _settle_method(network, options, pretrained):
+    """Fill --method and --freeze if they were left out: `common` reads pretrained features, which must stay frozen."""
+    needed = len(network.trunk.blocks()) - 1
+    options["method"] = options["method"] or ("common" if pretrained else "cam")
+    common = options["method"] == "common"
+    if common and not pretrained:
+        raise UserError("--method common reads pretrained features; pass --pretrained PATH, or --method cam")
+    if options["freeze"] is None:
+        options["freeze"] = needed if common else 2
+        print(f"Chose method={options['method']} freeze={options['freeze']}", file=sys.stderr)
+    if common and options["freeze"] < needed:
+        raise UserError(f"--method common needs the features of the pretrained trunk: pass --freeze {needed} or more, "
+                        "or --method cam")
 
 
 def split_holdout(dataset, fraction, seed):
@@ -75,14 +95,46 @@ def run_stage1(dataset, options, device):
         _classifier_validation(dataset.subset(held), options, device) if held else None,
         lambda: {"classes": list(dataset.classes), "networks": {
             "classifier": pack("classifier", network, **network_options(options), classes=len(dataset.classes))}})
-    best = load_checkpoint(engine.train(task, options, options["output_dir"], device))
+    best_path = engine.train(task, options, options["output_dir"], device)
+    best = load_checkpoint(best_path)
     record = best["networks"]["classifier"]
+    if options["method"] == "common":
+        record = fit_common_object(record, dataset, options, device)
+        save_checkpoint(best_path, {**best, "networks": {"classifier": record}})
     folder = inference.cam_folder(options["cam_dir"], record, dataset.classes, dataset.name, options)
-    inference.make_cams(record, dataset, folder, {**options, "model_path": str(_best_path(options))}, device)
+    inference.make_cams(record, dataset, folder, {**options, "model_path": str(best_path)}, device)
 
 
-def _best_path(options):
-    return Path(options["output_dir"]) / "model_best.pth.tar"
+@torch.no_grad()
+def fit_common_object(record, dataset, options, device):
+    """The classifier's record with its common-object head fitted to descriptors sampled from the split's images."""
+    classifier = unpack(record).to(device, memory_format=torch.channels_last)
+    per_image = max(4, DESCRIPTORS // len(dataset))
+    rng = torch.Generator().manual_seed(options["seed"])
+    images = WholeImages(dataset, max_size=options["max_size"], stride=classifier.trunk.stride)
+    samples = []
+    for item in progress(whole_image_loader(images, options["workers"], device), "common object", len(dataset)):
+        labels = np.flatnonzero(dataset.labels[item["index"]])
+        if len(labels):
+            view = item["views"][0][None].to(device, memory_format=torch.channels_last)
+            samples.append(_sample_descriptors(classifier, view, int(labels[0]), per_image, rng, options["precision"]))
+    descriptors, classes, cams = (torch.cat(parts) for parts in zip(*samples))
+    classifier.cpu()
+    share = classifier.common.fit(descriptors, classes, cams)
+    print(f"Common object: fitted to {len(descriptors)} descriptors, {share:.0%} of them object", file=sys.stderr)
+    return {**record, "state": {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}}
+
+
+def _sample_descriptors(classifier, view, label, count, rng, precision):
+    """Up to `count` random cells of an image: features (n, D), its class (n,), that class's normalised CAM (n,)."""
+    with engine.autocast(view.device, precision):
+        maps = classifier.trunk(view)
+        cam = classifier.head(maps[classifier.trunk.stages[-1]])[:, label:label + 1].float().relu()
+    features = maps[classifier.trunk.stages[1]][0].float().flatten(1).T  # (N, D)
+    cam = F.interpolate(cam, size=maps[classifier.trunk.stages[1]].shape[-2:], mode="bilinear", align_corners=True)
+    chosen = torch.randperm(len(features), generator=rng)[:count]
+    cam = (cam / cam.max().clamp(min=1e-8)).flatten().cpu()
+    return features.cpu()[chosen], torch.full((len(chosen),), label), cam[chosen]
 
 
 def _classifier_loss(network, batch):
@@ -104,8 +156,8 @@ def _classifier_validation(dataset, options, device):
 def check_same_classifier(classifier, manifest, model_path, cam_dir):
     """UserError unless the CAMs of a folder were made by this stage-1 checkpoint, which goes into stage 2's."""
     if inference.record_hash(classifier["networks"]["classifier"]) != manifest["identity"]["classifier"]:
-        raise UserError(f"the CAMs in {cam_dir} were not made by {model_path}; run: python run_train.py --stage 1, or pass "
-                        "the checkpoint that made them with --model_path")
+        raise UserError(f"the CAMs in {cam_dir} were not made by {model_path}; run: python run_train.py --stage 1, or "
+                        "pass the checkpoint that made them with --model_path")
 
 
 def run_stage2(dataset, classifier, options, device):

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from utils.metrics import SweepHistogram, central_box, confusion, foreground_iou, scores
+from utils.metrics import SweepHistogram, average_precision, central_box, confusion, foreground_iou, scores
 
 TRUTH = np.array([[0, 0, 1, 1], [0, 2, 2, 255], [0, 0, 2, 255]], dtype=np.uint8)
 PREDICTION = np.array([[0, 1, 1, 1], [0, 2, 0, 1], [0, 0, 1, 0]], dtype=np.uint8)
@@ -245,3 +245,48 @@ def test_the_central_box_has_its_share_of_each_side(height, width, rows, columns
 def test_no_central_box_is_refused(height, width, share):
     with pytest.raises(ValueError, match="no central box"):
         central_box(height, width, share)
+
+
+# --- average precision -----------------------------------------------------------------------------------------------
+
+def looped_average_precision(scores, labels):
+    """The definition: for each positive of a class, the share of positives among all that score at least as high."""
+    areas = []
+    for column, marks in zip(np.transpose(scores), np.transpose(labels)):
+        positives = [score for score, mark in zip(column, marks) if mark]
+        precision = [sum(p >= score for p in positives) / sum(column >= score) for score in positives]
+        areas += [sum(precision) / len(precision)] if positives else []
+    return sum(areas) / len(areas)
+
+
+def test_average_precision_equals_a_count_by_hand():
+    scores = np.array([[0.9], [0.8], [0.7], [0.1]])
+    for labels, expected in (([1, 0, 1, 0], (1 + 2 / 3) / 2), ([0, 0, 0, 1], 1 / 4), ([1, 1, 0, 0], 1.0)):
+        found = average_precision(scores, np.array(labels)[:, None])
+        assert abs(found - expected) < 1e-12, f"{labels}: {found}, not {expected}"
+
+
+@pytest.mark.parametrize("count, classes", [(1, 1), (7, 3), (60, 5)])
+def test_average_precision_equals_a_loop_over_positives(count, classes):
+    rng = np.random.default_rng(count)
+    scores, labels = rng.standard_normal((count, classes)), rng.integers(0, 2, (count, classes), dtype=np.uint8)
+    labels[0, 0] = 1
+    found, expected = average_precision(scores, labels), looped_average_precision(scores, labels)
+    assert abs(found - expected) < 1e-12, f"{found}, not {expected}"
+
+
+def test_average_precision_leaves_out_classes_without_a_positive():
+    scores, labels = np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([[1, 0], [0, 0]])
+    assert average_precision(scores, labels) == 1.0, average_precision(scores, labels)
+
+
+@pytest.mark.filterwarnings("error")
+def test_average_precision_without_any_positive_is_nan():
+    assert math.isnan(average_precision(np.ones((3, 2)), np.zeros((3, 2), np.uint8)))
+
+
+def test_average_precision_does_not_change_with_the_scale_of_the_scores():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.standard_normal((30, 4)), rng.integers(0, 2, (30, 4))
+    first, second = average_precision(scores, labels), average_precision(np.exp(3 * scores) - 5, labels)
+    assert first == second and 0 < first < 1, (first, second)

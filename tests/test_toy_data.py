@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.make_toy import BREEDS, PATTERNS, draw_pet, make_toy, pattern_ink
+from data.make_toy import BREEDS, make_toy
+from data.toy_pet import PATTERNS, draw_pet, pattern_ink
 
 REPO = Path(__file__).resolve().parents[1]
 TRAIN, TEST, SIZE = 120, 80, 64

@@ -3,9 +3,11 @@ import contextlib
 import hashlib
 import json
 import os
+import struct
 import tempfile
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,9 @@ import numpy as np
 from utils.errors import UserError
 
 MANIFEST = "manifest.json"
+# What numpy and zipfile raise on a damaged file, or on one of another kind under the name.
+DAMAGED = (KeyError, ValueError, TypeError, AttributeError, OSError, EOFError, RuntimeError, struct.error, zlib.error,
+           zipfile.BadZipFile)
 STEP_COMMAND = {"cam": "python run_train.py --stage 1", "walk": "python run_inference.py",
                 "affinity_labels": "python run_train.py --stage 2", "mask": "python run_inference.py"}
 
@@ -88,7 +93,7 @@ def load_arrays(folder, image_id, *names, remedy):
             return tuple(file[name] for name in names)
     except FileNotFoundError:
         raise UserError(f"no {names[1]} for {image_id} in {folder}; {remedy}") from None
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise UserError(f"{path} is damaged or foreign ({error}); delete it, then {remedy}") from None
 
 
@@ -113,13 +118,13 @@ class Folder:
     def begin(self):
         """Make the folder ready for writing; returns how many files of the same identity were found."""
         previous = self._previous()
+        if previous is None and self.path.is_dir() and any(self.path.glob(f"*{self.suffix}")):
+            raise UserError(f"{self.path} holds {self.suffix} files that this project did not write; "
+                            "name another folder")
+        if previous is not None and previous.get("step") != self.step:
+            raise UserError(f"{self.path} holds the results of step {previous.get('step')}, not {self.step}; "
+                            "name another folder")
         if previous is None or previous.get("identity") != self.identity:
-            if previous is None and self.path.is_dir() and any(self.path.glob(f"*{self.suffix}")):
-                raise UserError(f"{self.path} holds {self.suffix} files that this project did not write; "
-                                "name another folder")
-            if previous is not None and previous.get("step") != self.step:
-                raise UserError(f"{self.path} holds the results of step {previous.get('step')}, not {self.step}; "
-                                "name another folder")
             for file in self.path.glob(f"*{self.suffix}"):
                 file.unlink()
         write_json(self.path / MANIFEST, {"step": self.step, "identity": self.identity, "complete": False})

@@ -1,7 +1,6 @@
 """Checkpoints: plain types and tensors only, written whole or not at all, read without unpickling code."""
 import os
 import pickle
-import zipfile
 from pathlib import Path
 
 import torch
@@ -42,8 +41,9 @@ def read_tensors(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path} is damaged, or holds Python objects besides tensors and is refused, as loading it could "
-                        "run code; pass a checkpoint of plain tensors") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read checkpoint {path} ({str(error).splitlines()[0]}); it is damaged or foreign: "
+        raise UserError(f"{path} is damaged, or holds Python objects besides tensors and is refused, as loading it "
+                        "could run code; pass a checkpoint of plain tensors") from None
+    except Exception as error:  # on damaged bytes torch raises nearly anything: IndexError, AssertionError, ...
+        reason = (str(error).splitlines() or ["no data"])[0]
+        raise UserError(f"cannot read checkpoint {path} ({type(error).__name__}: {reason}); it is damaged or foreign: "
                         "make or fetch it again") from None

@@ -1,4 +1,4 @@
-"""Datasets behind one small interface: Oxford-IIIT Pet in its official layout, and a plain folder of one's own images."""
+"""Datasets behind one small interface: Oxford-IIIT Pet in its official layout, and a plain folder of own images."""
 import csv
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ class Dataset:
         return read_image(self.image_paths[index])
 
     def mask(self, index):
-        """Ground truth uint8 (H, W): 0 background, class k as k + 1, 255 ignored.  Raises UserError if it is damaged."""
+        """Ground truth uint8 (H, W): 0 background, class k as k + 1, 255 ignored.  UserError if it is damaged."""
         if self.mask_paths is None:
             raise UserError(f"{self.name} at {self.root} has no ground-truth masks for split {self.split}")
         return read_truth(self, index)
@@ -98,8 +98,8 @@ def open_dataset(name, root, split=None, limit=None, ids_file=None, download=Fal
     if download:
         _download_pet(name, root)
     if not root.is_dir():
-        hint = "download it with --download, or make toy data with: python -m data.make_toy" if name == "pet" else "create it"
-        raise UserError(f"no data folder {root}; pass --data_root, or {hint}")
+        made = "download it with --download, or make toy data with: python -m data.make_toy"
+        raise UserError(f"no data folder {root}; pass --data_root, or {made if name == 'pet' else 'create it'}")
     dataset = OPENERS[name](root, split)
     keep = range(len(dataset))
     if ids_file is not None:
@@ -111,8 +111,8 @@ def open_dataset(name, root, split=None, limit=None, ids_file=None, download=Fal
         raise UserError(f"split {dataset.split} of {root} holds no image{chosen}; name another with --split")
     missing = [image_id for image_id, path in zip(dataset.ids, dataset.image_paths) if path is None]
     if missing:
-        raise UserError(f"split {dataset.split} names {missing[0]} (and {len(missing) - 1} more) but {root / 'images'} has "
-                        "no such image; complete the images or correct the split file")
+        raise UserError(f"split {dataset.split} names {missing[0]} (and {len(missing) - 1} more) but {root / 'images'} "
+                        "has no such image; complete the images or correct the split file")
     return dataset
 
 
@@ -124,6 +124,8 @@ def _read_lines(path):
         raise UserError(f"no file {path}" + (f"; there is: {listed}" if listed else "; create it")) from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file in UTF-8; replace it") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); name a text file") from None
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -206,14 +208,18 @@ def _read_labels(path):
     for row in rows:
         if len(row) != 2:
             raise UserError(f"{path} has the line {','.join(row)[:60]!r}; expected: image_id,class[;class...]")
-        table[row[0].strip()] = [name.strip() for name in row[1].split(";") if name.strip()]
+        image_id = row[0].strip()
+        if image_id in table:
+            raise UserError(f"{path} has two lines for {image_id}; join them: {image_id},class;class")
+        table[image_id] = [name.strip() for name in row[1].split(";") if name.strip()]
     return table
 
 
 def _download_pet(name, root):
     """Fetch Pet through torchvision's dataset class, which unpacks into <parent>/oxford-iiit-pet."""
     if name != "pet" or root.name != "oxford-iiit-pet":
-        raise UserError(f"--download fetches --dataset pet into a folder called oxford-iiit-pet, not {name} into {root}")
+        raise UserError("--download fetches --dataset pet into a folder called oxford-iiit-pet, "
+                        f"not {name} into {root}")
     if (root / "annotations" / "trainval.txt").is_file():
         return
     from torchvision.datasets import OxfordIIITPet

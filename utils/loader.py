@@ -29,13 +29,13 @@ class TrainingSamples(torch.utils.data.Dataset):
 class EpochBatches:
     """Batch sampler: a permutation of the samples drawn from (seed, epoch), cut into batches, from batch `start` on.
 
-    The last batch is kept if it has at least two samples (batch statistics of one are useless) or is the only one.
+    A last batch of one sample joins the one before it, as batch statistics of one are useless.
     """
 
     def __init__(self, count, batch_size, seed, epoch, start=0):
         order = np.random.default_rng((seed, epoch, 2**31)).permutation(count).tolist()
         batches = [order[i:i + batch_size] for i in range(0, count, batch_size)]
-        if len(batches) > 1 and len(batches[-1]) == 1:
+        if len(batches) > 1 and len(batches[-1]) == 1 < batch_size:
             batches[-2:] = [batches[-2] + batches[-1]]
         self.batches = [[(epoch, index) for index in batch] for batch in batches[start:]]
 

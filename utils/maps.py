@@ -38,8 +38,10 @@ def resize_maps(maps, size):
         return maps
     top, left = _margin(h, out_h), _margin(w, out_w)
     box = (left, top, w - left, h - top)
-    return np.stack([np.asarray(Image.fromarray(m).resize((out_w, out_h), Image.Resampling.BILINEAR, box=box))
-                     for m in maps])
+    out = np.empty((len(maps), out_h, out_w), np.float32)  # of no maps too: an image may show no class
+    for k, one in enumerate(maps):
+        out[k] = Image.fromarray(one).resize((out_w, out_h), Image.Resampling.BILINEAR, box=box)
+    return out
 
 
 def _margin(cells, pixels):

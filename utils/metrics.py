@@ -220,4 +220,5 @@ def average_precision(scores, labels):
     hits = np.take_along_axis(np.asarray(labels, np.float64), order, axis=0)  # (N, K), best score first
     precision = hits.cumsum(axis=0) / np.arange(1, len(hits) + 1)[:, None]
     positives = hits.sum(axis=0)
-    return float(np.mean(((precision * hits).sum(axis=0) / np.maximum(positives, 1))[positives > 0]))
+    areas = ((precision * hits).sum(axis=0) / np.maximum(positives, 1))[positives > 0]
+    return float(areas.mean()) if areas.size else float("nan")

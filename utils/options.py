@@ -49,6 +49,8 @@ FLAGS = {
                "auto", choices=("auto", "frozen", "train")),
     "freeze": Flag(natural, "how many of the trunk's first blocks stay as loaded (block 1 is the stem; 0 with "
                             "random weights)", 2),
+    "method": Flag(str, "maps of stage 1: cam, or common = the common-object head says where and the CAM which "
+                        "(default: common with pretrained weights, cam with random ones)", choices=("cam", "common")),
     "batch_size": Flag(count, "images per step", 16),
     "epochs": Flag(count, "passes over the training images"),
     "lr": Flag(positive, "initial learning rate of the trunk; heads get --head_lr times as much", 0.01),
@@ -56,7 +58,8 @@ FLAGS = {
     "momentum": Flag(share, "SGD momentum", 0.9),
     "weight_decay": Flag(weight, "SGD weight decay, of weights only (not of biases and batch normalisation)", 1e-4),
     "crop_size": Flag(side, "side of the square training crop in pixels, rounded to 16k + 1", 448),
-    "max_size": Flag(side, "images with a longer side, in pixels, are scaled down to it for the networks and the CRF", 512),
+    "max_size": Flag(side, "images with a longer side, in pixels, are scaled down to it for the networks and the CRF",
+                     512),
     "val_fraction": Flag(_number(float, 0, 0.5), "share of the training images held out to choose model_best "
                                                  "(by labels or pseudo-labels, never by ground-truth masks)", 0.1),
     "scales": Flag(positive, "image scales whose maps are averaged", (0.5, 1.0, 1.5), nargs="+"),
@@ -88,8 +91,8 @@ FLAGS = {
 
 DATA = ("dataset", "data_root", "split", "ids", "limit")
 MACHINE = ("device", "precision", "workers", "seed", "dry_run")
-TRAINING = ("batch_size", "epochs", "lr", "head_lr", "momentum", "weight_decay", "crop_size", "max_size", "val_fraction",
-            "bn", "freeze", "resume", "tensorboard")
+TRAINING = ("batch_size", "epochs", "lr", "head_lr", "momentum", "weight_decay", "crop_size", "max_size",
+            "val_fraction", "bn", "freeze", "resume", "tensorboard")
 TRUNK = ("backbone", "width", "output_stride", "pretrained")
 MAPS = ("scales", "flip", "labels")
 WALK = ("bg_alpha", "bg_threshold", "beta", "walk_steps", "radius")

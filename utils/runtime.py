@@ -1,6 +1,7 @@
 """How every script runs: memory and threads set up before torch is loaded, and errors told in one line."""
 import ctypes
 import os
+import re
 import sys
 
 from utils.errors import UserError
@@ -32,6 +33,11 @@ def wait_quietly():
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def one_line(error):
+    """An error's message in one line; of one that a DataLoader's worker sent with its traceback, the message alone."""
+    return " ".join(re.split(r"^[\w.]*Error: ", str(error), flags=re.MULTILINE)[-1].split())
+
+
 def run_main(main):
     """Call a script's main(); turn what a user can mend into one line on stderr and a non-zero exit status."""
     wait_quietly()
@@ -42,5 +48,5 @@ def run_main(main):
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError) as error:
-        print(f"Error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"Error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)

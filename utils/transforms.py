@@ -21,8 +21,11 @@ def normalise(image):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """crop: side of the square crop in pixels.  long_side: (low, high) in pixels, the image's long side is drawn from it.
-    scale: (low, high), relative to the image capped at `max_size`, instead of long_side.  jitter: colour jitter."""
+    """How samples are varied.
+
+    crop: side of the square crop in pixels.  long_side: (low, high) in pixels; the image's long side is drawn from it.
+    scale: (low, high), relative to the image capped at `max_size`, instead of long_side.  jitter: colour jitter.
+    """
     crop: int
     long_side: tuple = None
     scale: tuple = (1.0, 1.0)

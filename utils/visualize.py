@@ -49,7 +49,8 @@ def save_mask(path, mask):
 def read_mask(path):
     """Read a mask of class indices.  Returns (H, W) uint8.
 
-    Raises UserError if it is missing or damaged, or if the file holds colours instead of indices (any mode but palette or 8-bit grey).
+    Raises UserError if it is missing or damaged, or if the file holds colours instead of indices (any mode but palette
+    or 8-bit grey).
     """
     try:
         with Image.open(path) as image:

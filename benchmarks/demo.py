@@ -1,0 +1,86 @@
+"""`make demo`: the six steps on toy data, through the scripts as a user would run them, and a table of what came out.
+
+Everything is measured in this run: seed, walk and mask on the toy training split (image labels known), DeepLab on the
+toy test split (nothing known).  Writes output/demo/results.json; the pictures lie beside it.
+"""
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = Path("output/demo")
+TOY = ["--data_root", "data/toy"]
+SMALL = ["--backbone", "resnet18", "--crop_size", "128", "--max_size", "160", "--batch_size", "8"]
+STEPS = [
+    ("toy data", ["-m", "data.make_toy", "--root", "data/toy", "--size", "144"]),
+    ("stage 1", ["run_train.py", "--stage", "1", *TOY, *SMALL, "--pretrained", "none", "--epochs", "14", "--lr", "0.02",
+                 "--scales", "1.0", "1.5", "--cam_dir", f"{DEMO}/cams", "--output_dir", f"{DEMO}/stage1"]),
+    ("stage 2", ["run_train.py", "--stage", "2", "--cam_dir", f"{DEMO}/cams", "--batch_size", "8", "--epochs", "5",
+                 "--output_dir", f"{DEMO}/stage2"]),
+    ("inference", ["run_inference.py", "--model_path", f"{DEMO}/stage2/model_best.pth.tar", "--output_dir",
+                   f"{DEMO}/inference", "--save_overlays", "--save_walk"]),
+    ("evaluation", ["run_eval.py", "--model_path", f"{DEMO}/stage2/model_best.pth.tar", "--output_dir", f"{DEMO}/eval"]),
+]
+
+
+def deeplab_steps(name, mask_dir):
+    """Train and test DeepLab on one kind of masks, both kinds with the same settings."""
+    return [
+        (f"{name} training", ["train_deeplab.py", *TOY, *SMALL, "--mask_dir", mask_dir, "--epochs", "12", "--lr", "0.02",
+                              "--head_lr", "1", "--output_stride", "8", "--pretrained",
+                              f"{DEMO}/stage1/model_best.pth.tar", "--output_dir", f"{DEMO}/{name}"]),
+        (f"{name} test", ["test_deeplab.py", "--model_path", f"{DEMO}/{name}/model_best.pth.tar", "--scales", "1.0", "1.5",
+                          "--output_dir", f"{DEMO}/{name}_test"]),
+    ]
+
+
+def precision():
+    """bf16 on CPUs with matrix units for it, where it is several times faster; fp32 elsewhere, where it is slower."""
+    flags = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
+    return "bf16" if "amx_bf16" in flags else "fp32"
+
+
+def run(command):
+    """Run one step from the project's folder; its words go to the screen.  Returns the seconds it took."""
+    if command[0].endswith(".py"):
+        command = [*command, "--precision", precision()]
+    print(f"\n$ python {' '.join(command)}", flush=True)
+    started = time.time()
+    code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+    if code:
+        sys.exit(f"Error: the step above ended with status {code}; mend what it says, then run make demo again")
+    return time.time() - started
+
+
+def scores(folder, stage):
+    """The scores of one stage at the fixed threshold."""
+    table = json.loads((ROOT / DEMO / folder / "scores.json").read_text())["scores"]
+    return {name: round(table[stage]["fixed"][name], 4) for name in ("miou", "fg_iou", "image_fg_iou")}
+
+
+def main():
+    seconds = {name: round(run(command), 1) for name, command in
+               [*STEPS, *deeplab_steps("deeplab", f"{DEMO}/inference"), *deeplab_steps("deeplab_full", "gt")]}
+    results = {stage: scores("eval", stage) for stage in ("seed", "walk", "mask")}
+    results["deeplab"] = scores("deeplab_test", "+ CRF")
+    results["deeplab_full"] = scores("deeplab_full_test", "+ CRF")
+    results["weak_over_full"] = round(results["deeplab"]["miou"] / results["deeplab_full"]["miou"], 4)
+    results["seconds"] = {**seconds, "total": round(sum(seconds.values()), 1)}
+    (ROOT / DEMO / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print_table(results)
+
+
+def print_table(results):
+    split = {"seed": "train", "walk": "train", "mask": "train", "deeplab": "test", "deeplab_full": "test"}
+    print(f"\n{'stage':<14}{'split':<7}{'mIoU':>7}{'fg IoU':>8}")
+    for stage, name in split.items():
+        print(f"{stage:<14}{name:<7}{results[stage]['miou']:>7.3f}{results[stage]['fg_iou']:>8.3f}")
+    print(f"weak / full {results['weak_over_full']:.3f}   {results['seconds']['total']:.0f} s   "
+          f"panel: {DEMO}/eval/panel.png   figures: {DEMO}/results.json")
+
+
+if __name__ == "__main__":
+    main()

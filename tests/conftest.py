@@ -1,0 +1,54 @@
+"""Fixtures that several files share: chains of script runs, made in the background, and the GPU marker."""
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from script_runs import CHAINS, DATA, MACHINE, SMALL, STAGE2, chain, run
+
+from data.make_toy import make_toy
+
+AT_A_TIME = 2  # each run keeps one core busy, half of the time with importing torch
+
+
+def pytest_collection_modifyitems(items):
+    """Skip tests marked `gpu` where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(scope="session")
+def background(request):
+    """Function: name of a chain -> its result.  The chains that the collected tests use are all started at once."""
+    named = {name for item in request.session.items for name in item.fixturenames}
+    with tempfile.TemporaryDirectory(prefix="wsss-tests-", ignore_cleanup_errors=True) as home:
+        pool, futures = ThreadPoolExecutor(AT_A_TIME), {}
+        # The pipeline first: others wait for it in their threads, which must not keep it from starting.
+        for name in sorted((name for name in CHAINS if name in named or name == "pipeline"), key="pipeline".__ne__):
+            folder = Path(home) / name
+            folder.mkdir()
+            futures[name] = pool.submit(CHAINS[name], folder, lambda other: futures[other].result())
+        yield lambda name: futures[name].result()
+        pool.shutdown(cancel_futures=True)
+
+
+@chain
+def pipeline(folder, get):
+    """The six steps on a toy dataset.  .folder is where they ran (copy it before changing it), .runs what they said."""
+    make_toy(folder / DATA, train=12, test=6, classes=3, size=56)
+    train = (*SMALL, "--crop_size", "65", "--epochs", "4", "--batch_size", "2")
+    inherited = SMALL  # what it does not name, the later steps take from the records of the earlier ones
+    runs = {
+        1: run(folder, "run_train.py", "--stage", 1, *train, "--scales", 1),
+        2: run(folder, "run_train.py", "--stage", 2, *inherited),
+        3: run(folder, "run_inference.py", "--model_path", STAGE2, "--save_overlays", "--save_walk", *MACHINE),
+        4: run(folder, "run_eval.py", *MACHINE),
+        5: run(folder, "train_deeplab.py", *inherited),
+        6: run(folder, "test_deeplab.py", "--scales", 1, "--save_overlays", *MACHINE),
+    }
+    return SimpleNamespace(folder=folder, runs=runs)

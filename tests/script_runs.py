@@ -1,0 +1,115 @@
+"""Running the real scripts as a user's shell does, and chains of such runs in the background."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+MACHINE = ("--device", "cpu", "--workers", "0")
+SMALL = ("--backbone", "resnet18", "--pretrained", "none", "--epochs", "1", *MACHINE)
+DATA = "data/oxford-iiit-pet"  # the scripts' default, in the working directory
+STAGE2 = "output/stage2_resnet18/model_best.pth.tar"
+CHAINS = {}  # name -> function (empty folder, get) -> result; `get(name)` waits for another chain's result
+
+
+def chain(build):
+    """Make a session fixture of a function that runs scripts; it is built in the background (see conftest.py)."""
+    CHAINS[build.__name__] = build
+
+    @pytest.fixture(scope="session", name=build.__name__)
+    def wait(background):
+        return background(build.__name__)
+    return wait
+
+
+def environment(folder):
+    """One thread a process, as several run at once; no downloads: a refused proxy fails at once, everywhere alike."""
+    nowhere = "http://127.0.0.1:9"
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
+            "TORCH_HOME": str(folder / "torch_home"), "http_proxy": nowhere,
+            "https_proxy": nowhere, "HTTPS_PROXY": nowhere}
+
+
+def start(folder, script, *flags):
+    """Start a script in a folder, in a process group of its own, as a shell would."""
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], cwd=folder, text=True,
+                            env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            start_new_session=True)
+
+
+def finish(process, timeout=120):
+    """Wait for a started script.  Returns a CompletedProcess."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(f"still running after {timeout} s: {process.args}\n{err[-2000:]}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def fork(folder, jobs):
+    """Run (folder, command) jobs one after the other in forks of one process.  Returns a CompletedProcess of each."""
+    outputs = [str(folder / f"job{number}") for number in range(len(jobs))]
+    plan = [(str(home), list(map(str, command)), output) for (home, command), output in zip(jobs, outputs)]
+    (folder / "jobs.json").write_text(json.dumps(plan))
+    done = run(folder, "tests/fork_scripts.py", "jobs.json", timeout=300)
+    return [subprocess.CompletedProcess(command, status, _text(f"{output}.out"), _text(f"{output}.err"))
+            for (_, command, output), status in zip(plan, json.loads(done.stdout.splitlines()[-1]))]
+
+
+def _text(path):
+    return Path(path).read_text(encoding="utf-8")
+
+
+def run(folder, script, *flags, timeout=120):
+    """Run a script that must end well."""
+    done = finish(start(folder, script, *flags), timeout)
+    command = " ".join(map(str, (script, *flags)))
+    assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stderr[-3000:]}"
+    return done
+
+
+def copy(source, target, without=()):
+    """Copy a working directory; checkpoints, which are only ever replaced whole, become hard links."""
+    def one(src, dst):
+        return os.link(src, dst) if src.endswith(".tar") else shutil.copy2(src, dst)
+    shutil.copytree(source, target, copy_function=one, ignore=shutil.ignore_patterns(*without), dirs_exist_ok=True)
+    return target
+
+
+def files(folder):
+    """Every file below a folder -> when it was last written."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in found}
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def checkpoint(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def picture(path, height=50, width=61, mode="RGB", file_format="JPEG"):
+    """Draw a bright ellipse on noise: an image outside any dataset."""
+    y, x = np.mgrid[:height, :width]
+    inside = ((y - height / 2) / height) ** 2 + ((x - width / 2) / width) ** 2 < 0.09
+    pixels = np.random.default_rng(0).integers(0, 90, (height, width, len(mode))) + 150 * inside[..., None]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8).squeeze()).save(path, format=file_format)  # the mode follows from the shape
+    return path
+
+
+def mask_picture(path, values):
+    """Write a grey 8-bit picture of the given values."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(values, np.uint8)).save(path)

@@ -1,0 +1,99 @@
+"""Checkpoints: plain types come back as they were, nothing is executed, and every other file is refused in one line."""
+import pickle
+
+import pytest
+import torch
+
+from utils.checkpoint import FORMAT, load_checkpoint, read_tensors, save_checkpoint
+from utils.errors import UserError
+
+PAYLOAD = {"step": "stage1", "epoch": 3, "options": {"lr": 0.1, "scales": (0.5, 1.0), "flip": True, "ids": None},
+           "classes": ["cat", "dog"], "sums": {"loss": 1.5}}
+
+
+def tensors():
+    return {"weight": torch.arange(6.0).reshape(2, 3), "count": torch.tensor(7), "half": torch.ones(2).half()}
+
+
+def refusal(path, read=load_checkpoint, **keywords):
+    with pytest.raises(UserError) as caught:
+        read(path, **keywords)
+    text = str(caught.value)
+    assert "\n" not in text and str(path) in text, f"not one line with the path: {text!r}"
+    return text
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    save_checkpoint(tmp_path / "new" / "c.pth.tar", {**PAYLOAD, "state": tensors()})
+    found = load_checkpoint(tmp_path / "new" / "c.pth.tar", steps=("stage1", "stage2"))
+    assert {name: found[name] for name in PAYLOAD} == PAYLOAD, found
+    for name, tensor in tensors().items():
+        assert torch.equal(found["state"][name], tensor) and found["state"][name].dtype == tensor.dtype, name
+
+
+def test_a_checkpoint_loads_with_weights_only_and_leaves_no_temporary(tmp_path):
+    save_checkpoint(tmp_path / "c.pth.tar", {**PAYLOAD, "state": tensors()})
+    assert torch.load(tmp_path / "c.pth.tar", weights_only=True)["format"] == FORMAT
+    assert [path.name for path in tmp_path.iterdir()] == ["c.pth.tar"]
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "c.pth.tar"
+    save_checkpoint(path, PAYLOAD)
+    with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
+        save_checkpoint(path, {"step": "stage1", "epoch": 4, "loss": lambda: 0})
+    assert load_checkpoint(path)["epoch"] == 3
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c.pth.tar"], "a temporary file is left"
+
+
+def test_another_step_is_refused_with_the_steps_that_serve(tmp_path):
+    save_checkpoint(tmp_path / "c.pth.tar", PAYLOAD)
+    text = refusal(tmp_path / "c.pth.tar", steps=("stage2", "deeplab"))
+    assert "comes from stage1" in text and "stage2 or deeplab is needed" in text and "--model_path" in text, text
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path):
+    for path in (tmp_path / "gone.pth", tmp_path):
+        assert "no checkpoint" in refusal(path) and "run the step that writes it" in refusal(path), refusal(path)
+
+
+@pytest.mark.parametrize("content", [{"weight": torch.ones(2)}, [1, 2], torch.ones(3), {"format": "other"}])
+def test_a_foreign_file_of_tensors_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "c.pth")
+    text = refusal(tmp_path / "c.pth")
+    assert "not a checkpoint of this project" in text and "--model_path" in text, text
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_is_refused_wherever_it_ends(tmp_path, zipped):
+    path = tmp_path / "c.pth"
+    torch.save({"format": FORMAT, **PAYLOAD, "state": tensors()}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for length in (0, 1, 2, 10, 100, len(whole) // 2, len(whole) - 30, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        text = refusal(path)
+        assert "damaged" in text, f"{length} of {len(whole)} bytes: {text}"
+
+
+@pytest.mark.parametrize("content", [b"hello", b"PK\x03\x04 no zip", b"\x00" * 200, b"\x80\x02."])
+def test_other_files_are_refused(tmp_path, content):
+    (tmp_path / "c.pth").write_bytes(content)
+    assert "damaged" in refusal(tmp_path / "c.pth", read=read_tensors)
+
+
+class Trap:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, 2))])
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, save):
+    save({"format": FORMAT, "step": "stage1", "trap": Trap(tmp_path / "ran")}, tmp_path / "c.pth")
+    text = refusal(tmp_path / "c.pth")
+    assert "damaged" in text and ("could run code" in text or "cannot read" in text), text
+    assert not (tmp_path / "ran").exists(), "loading the checkpoint ran its code"

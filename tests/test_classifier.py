@@ -1,0 +1,116 @@
+"""The CAM classifier: the map's mean is the logit, and the loss is what it says."""
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from models.build import build_network, pack, unpack
+from models.classifier import Classifier, classification_loss
+from models.trunk import build_trunk
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny tensors: on a busy machine, threads that wait for each other cost many times what they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def images(count=2, size=(65, 97)):
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    torch.manual_seed(0)
+    network = Classifier(build_trunk("resnet18", 16), 5)
+    nn.init.normal_(network.head.weight)  # logits far enough apart to be compared
+    return network.eval()
+
+
+@torch.no_grad()
+def test_the_mean_of_the_map_is_the_logit(classifier):
+    logits, cam = classifier.cam(images())
+    forward = classifier(images())
+    assert logits.shape == forward.shape == (2, 5) and cam.shape == (2, 5, 5, 7), (logits.shape, cam.shape)
+    scale = forward.abs().max()
+    for name, other in (("forward", forward), ("the map's mean", cam.mean(dim=(2, 3)))):
+        difference = (logits - other).abs().max() / scale
+        assert difference < 1e-5, f"differs from {name} by {difference:.1e} of {scale:.2f}"
+    assert logits.std() > 0.1 and cam.std() > 0.1, "the example is flat"
+
+
+@torch.no_grad()
+def test_an_image_alone_equals_it_in_a_batch(classifier):
+    logits, cam = classifier.cam(images())
+    for index in range(2):
+        alone, alone_cam = classifier.cam(images()[index:index + 1])
+        assert torch.allclose(alone[0], logits[index], atol=1e-4), f"{(alone[0] - logits[index]).abs().max():.1e}"
+        assert torch.allclose(alone_cam[0], cam[index], atol=1e-4)
+
+
+@torch.no_grad()
+def test_dropout_is_there_in_training_alone(classifier):
+    try:
+        first, second = (classifier.train()(images()) for _ in range(2))
+    finally:
+        classifier.eval()
+    assert not torch.equal(first, second), "two training passes gave the same logits"
+    assert torch.equal(classifier(images()), classifier(images()))
+
+
+def test_fresh_logits_are_near_zero_so_that_training_starts_undecided():
+    torch.manual_seed(0)
+    network = Classifier(build_trunk("resnet18"), 20).eval()
+    with torch.no_grad():
+        loss = classification_loss(network(images()), torch.zeros(2, 20)).item()
+    assert abs(loss - math.log(2)) < 0.2, f"first loss {loss:.3f}, not about log 2 = {math.log(2):.3f}"
+
+
+def test_the_loss_is_the_mean_logistic_loss_over_classes():
+    logits = torch.tensor([[2.0, -1.0, 0.0], [0.5, 30.0, -30.0]])
+    labels = torch.tensor([[1, 0, 1], [0, 1, 0]])
+    terms = [math.log1p(math.exp(-value if label else value))
+             for row, marks in zip(logits.tolist(), labels.tolist()) for value, label in zip(row, marks)]
+    found = classification_loss(logits, labels.to(torch.uint8))
+    assert abs(found.item() - sum(terms) / 6) < 1e-6, f"{found.item():.6f}, not {sum(terms) / 6:.6f}"
+    assert found.dtype == torch.float32 and classification_loss(logits.bfloat16(), labels).dtype == torch.float32
+
+
+def test_the_gradient_of_the_loss_is_sigmoid_minus_label():
+    logits, labels = torch.tensor([[2.0, -1.0], [0.3, 0.0]], requires_grad=True), torch.tensor([[1, 0], [0, 1]])
+    classification_loss(logits, labels).backward()
+    expected = (torch.sigmoid(logits.detach()) - labels) / 4
+    assert torch.allclose(logits.grad, expected, atol=1e-6), f"{logits.grad.tolist()}, not {expected.tolist()}"
+
+
+# --- records -------------------------------------------------------------------------------------------------------
+
+SHAPE = {"backbone": "resnet18", "width": 1.0, "output_stride": 8, "classes": 3}
+
+
+@pytest.mark.parametrize("kind", ["classifier", "affinity", "deeplab"])
+def test_a_network_comes_back_from_its_record(kind):
+    network = build_network(kind, **SHAPE).eval()
+    record = pack(kind, network, **SHAPE)
+    again = unpack(record)
+    assert not again.training and again.trunk.stride == 8
+    with torch.no_grad():
+        assert torch.equal(network(images(1, (33, 33))), again(images(1, (33, 33))))
+        network.trunk.conv1.weight.zero_()
+    assert record["state"]["trunk.conv1.weight"].any(), "the record changes with the network"
+
+
+def test_a_record_with_a_missing_tensor_is_refused():
+    record = pack("affinity", build_network("affinity", **SHAPE), **SHAPE)
+    del record["state"]["fuse.weight"]
+    with pytest.raises(RuntimeError, match="fuse.weight"):
+        unpack(record)
+
+
+def test_an_unknown_kind_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="'unet'; choose from classifier, affinity, deeplab"):
+        build_network("unet", "resnet18")

@@ -1,0 +1,376 @@
+"""Datasets: the official Pet layout and the plain folder, pictures of every kind, and every refusal with its remedy."""
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils.datasets import open_dataset
+from utils.errors import UserError
+from utils.images import find_image, image_size, read_image
+
+H, W = 6, 8
+TRIMAP = np.array([[1, 1, 2, 2, 3, 3, 1, 2]] * H, np.uint8)
+LISTS = {"trainval": [("Persian_1", 6), ("beagle_1", 2), ("Persian_2", 6)], "test": [("Abyssinian_1", 1)]}
+
+
+def save_picture(path, size=(H, W), seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def save_grey(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(values, np.uint8)).save(path)
+
+
+def palette_picture(indices, palette):
+    picture = Image.frombytes("P", indices.shape[::-1], indices.tobytes())
+    picture.putpalette(palette)
+    return picture
+
+
+def write_lists(root, lists, comment="#Image CLASS-ID SPECIES BREED ID\n"):
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    for name, rows in lists.items():
+        lines = "".join(f"{image_id} {class_id} 1 1\n" for image_id, class_id in rows)
+        (root / "annotations" / f"{name}.txt").write_text(comment + lines)
+
+
+@pytest.fixture
+def pet(tmp_path):
+    """A Pet tree of four images and three classes, whose ids 1, 2, 6 leave a gap."""
+    root = tmp_path / "pet"
+    write_lists(root, {**LISTS, "list": LISTS["trainval"] + LISTS["test"]})
+    for rows in LISTS.values():
+        for image_id, _ in rows:
+            save_picture(root / "images" / f"{image_id}.jpg")
+            save_grey(root / "annotations" / "trimaps" / f"{image_id}.png", TRIMAP)
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A plain folder: three images, one with two labels and one with none, and masks."""
+    root = tmp_path / "own"
+    for image_id in "abc":
+        save_picture(root / "images" / f"{image_id}.png", size=(H, 4))
+        save_grey(root / "masks" / f"{image_id}.png", [[0, 1, 2, 255]] * H)
+    (root / "labels.csv").write_text("image_id,classes\na,tree;sky\nb,\nc,sky\n")
+    return root
+
+
+def refusal(*arguments, **keywords):
+    """The one line that opening a dataset with these arguments is refused with."""
+    with pytest.raises(UserError) as caught:
+        open_dataset(*arguments, **keywords)
+    text = str(caught.value)
+    assert "\n" not in text, f"more than one line: {text!r}"
+    return text
+
+
+def assert_says(text, *parts):
+    missing = [part for part in parts if str(part) not in text]
+    assert not missing, f"{missing} not in {text!r}"
+
+
+# --- Pet -----------------------------------------------------------------------------------------------------------
+
+def test_class_ids_with_gaps_become_indices_in_their_order(pet):
+    dataset = open_dataset("pet", pet)
+    assert dataset.classes == ["Abyssinian", "beagle", "Persian"], dataset.classes
+    assert dataset.ids == ["Persian_1", "beagle_1", "Persian_2"], dataset.ids
+    assert dataset.labels.tolist() == [[0, 0, 1], [0, 1, 0], [0, 0, 1]], dataset.labels.tolist()
+    assert dataset.labels.dtype == np.uint8 and dataset.split == "trainval", (dataset.labels.dtype, dataset.split)
+
+
+def test_names_of_several_words_lose_only_their_number(pet):
+    write_lists(pet, {"list": [("english_cocker_spaniel_12", 1), *LISTS["trainval"]], "test": []})
+    assert open_dataset("pet", pet).classes[0] == "english_cocker_spaniel"
+
+
+@pytest.mark.parametrize("lists", [{"list"}, {"trainval", "test"}, {"list", "trainval", "test"}])
+def test_classes_are_the_same_in_every_split(pet, lists):
+    """From list.txt, or from all the lists there are: an index must mean the same class in training and test."""
+    write_lists(pet, {"part": LISTS["test"]})
+    for name in {"list", "trainval", "test"} - lists:
+        (pet / "annotations" / f"{name}.txt").unlink()
+    found = {split: open_dataset("pet", pet, split).classes for split in lists | {"part"}}
+    assert all(classes == ["Abyssinian", "beagle", "Persian"] for classes in found.values()), found
+
+
+def test_a_class_that_only_the_chosen_split_has_is_known(pet):
+    write_lists(pet, {"extra": [("Sphynx_1", 4)]})
+    save_picture(pet / "images" / "Sphynx_1.jpg")
+    dataset = open_dataset("pet", pet, "extra")
+    assert dataset.classes == ["Abyssinian", "beagle", "Sphynx", "Persian"], dataset.classes
+    assert dataset.labels.tolist() == [[0, 0, 1, 0]], dataset.labels.tolist()
+
+
+def test_the_trimap_becomes_class_background_and_ignored(pet):
+    dataset = open_dataset("pet", pet)
+    for index, label in enumerate([3, 2, 3]):
+        mask = dataset.mask(index)
+        assert mask.dtype == np.uint8 and mask[0].tolist() == [label, label, 0, 0, 255, 255, label, 0], mask[0]
+
+
+def test_a_palette_trimap_reads_as_its_indices(pet):
+    picture = palette_picture(TRIMAP, [0, 0, 0, 200, 10, 10, 9, 9, 9, 8, 8, 8])
+    picture.save(pet / "annotations" / "trimaps" / "Persian_1.png")
+    assert open_dataset("pet", pet).mask(0)[0].tolist() == [3, 3, 0, 0, 255, 255, 3, 0]
+
+
+def test_limit_and_ids_choose_images_and_keep_their_labels(pet, tmp_path):
+    (tmp_path / "ids.txt").write_text("# mine\nPersian_2\n\nbeagle_1\nnot_here_9\n")
+    chosen = open_dataset("pet", pet, ids_file=tmp_path / "ids.txt")
+    assert chosen.ids == ["beagle_1", "Persian_2"], chosen.ids
+    assert chosen.labels.argmax(1).tolist() == [1, 2] and len(chosen.classes) == 3, chosen.labels.tolist()
+    assert [path.stem for path in chosen.image_paths] == chosen.ids == [path.stem for path in chosen.mask_paths]
+    assert open_dataset("pet", pet, limit=2).ids == ["Persian_1", "beagle_1"]
+    assert open_dataset("pet", pet, limit=1, ids_file=tmp_path / "ids.txt").ids == ["beagle_1"]
+
+
+def test_without_trimaps_the_split_opens_and_its_masks_are_refused(pet):
+    for path in (pet / "annotations" / "trimaps").iterdir():
+        path.unlink()
+    (pet / "annotations" / "trimaps").rmdir()
+    with pytest.raises(UserError, match="no ground-truth masks for split trainval"):
+        open_dataset("pet", pet).mask(0)
+
+
+@pytest.mark.parametrize("name, remedy", [("pet", "python -m data.make_toy"), ("folder", "or create it")])
+def test_a_missing_data_root_is_refused(tmp_path, name, remedy):
+    assert_says(refusal(name, tmp_path / "nowhere"), tmp_path / "nowhere", "--data_root", remedy)
+
+
+def test_a_missing_split_file_is_refused_with_those_there_are(pet):
+    assert_says(refusal("pet", pet, "val"), "val.txt", "there is: list, test, trainval")
+
+
+def test_a_root_without_annotations_is_refused(tmp_path):
+    assert_says(refusal("pet", tmp_path), "no file", "trainval.txt", "create it")
+
+
+def test_a_root_without_an_image_folder_is_refused(pet):
+    (pet / "images").rename(pet / "pictures")
+    assert_says(refusal("pet", pet), f"no folder {pet / 'images'}", "--data_root")
+
+
+def test_ids_without_an_image_are_refused_with_the_first_and_the_count(pet):
+    for image_id in ("beagle_1", "Persian_2"):
+        (pet / "images" / f"{image_id}.jpg").unlink()
+    assert_says(refusal("pet", pet), "names beagle_1 (and 1 more)", "correct the split file")
+    assert open_dataset("pet", pet, limit=1).ids == ["Persian_1"], "an image that is not asked for was missed"
+
+
+def test_an_empty_split_is_refused(pet):
+    write_lists(pet, {"none": []})
+    assert_says(refusal("pet", pet, "none"), "split none", "holds no image", "--split")
+
+
+def test_ids_without_a_match_are_refused_with_their_file(pet, tmp_path):
+    (tmp_path / "ids.txt").write_text("Persian\n")
+    assert_says(refusal("pet", pet, ids_file=tmp_path / "ids.txt"), "holds no image", tmp_path / "ids.txt", "--split")
+
+
+@pytest.mark.parametrize("line", ["Persian_9", "Persian_9 six 1 1", "Persian_9 -1 1 1"])
+def test_a_malformed_line_is_refused_and_shown(pet, line):
+    with open(pet / "annotations" / "trainval.txt", "a") as file:
+        file.write(line + "\n")
+    assert_says(refusal("pet", pet), "trainval.txt", repr(line), "expected: image CLASS-ID SPECIES BREED-ID")
+
+
+def test_a_list_that_is_no_text_is_refused(pet, tmp_path):
+    (tmp_path / "ids.txt").write_bytes(b"\xff\xfe\x00\x81")
+    assert_says(refusal("pet", pet, ids_file=tmp_path / "ids.txt"), "ids.txt is not a text file", "replace it")
+    assert_says(refusal("pet", pet, ids_file=pet / "images"), "cannot read", "name a text file")
+    assert_says(refusal("pet", pet, ids_file=tmp_path / "gone.txt"), "no file", "gone.txt")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_id(pet, tmp_path):
+    (tmp_path / "ids.txt").write_text("\ufeffPersian_1\r\n", encoding="utf-8")
+    assert open_dataset("pet", pet, ids_file=tmp_path / "ids.txt").ids == ["Persian_1"]
+
+
+TRIMAP_FAULTS = {
+    "of another size": (lambda path: save_grey(path, TRIMAP[:, :5]), ("is 5x6 but its image is 8x6", "replace")),
+    "with another value": (lambda path: save_grey(path, TRIMAP + 3), ("holds the value 4", "1 (pet), 2 (background)")),
+    "with a zero": (lambda path: save_grey(path, TRIMAP % 3), ("holds the value 0", "3 (border)")),
+    "in colours": (lambda path: save_picture(path), ("mode RGB", "8-bit palette or grey")),
+    "missing": (lambda path: path.unlink(), ("no ground truth", "take its id out of the split file")),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:50]), ("cannot decode", "replace the file")),
+    "of text": (lambda path: path.write_text("text"), ("cannot decode", "replace the file")),
+}
+
+
+@pytest.mark.parametrize("fault", TRIMAP_FAULTS)
+def test_a_trimap_is_refused_if_it_is(pet, fault):
+    path = pet / "annotations" / "trimaps" / "Persian_1.png"
+    spoil, parts = TRIMAP_FAULTS[fault]
+    spoil(path)
+    with pytest.raises(UserError) as caught:
+        open_dataset("pet", pet).mask(0)
+    assert_says(str(caught.value), path, *parts)
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------
+
+GREY = np.arange(H * W, dtype=np.uint8).reshape(H, W) * 5
+COLOUR = np.stack([GREY, 255 - GREY, np.full_like(GREY, 90)], axis=2)
+
+
+def alpha_picture():
+    return Image.fromarray(np.dstack([COLOUR, np.where(GREY > 120, 255, 0).astype(np.uint8)]))
+
+
+def two_colours():
+    return palette_picture(GREY // 128, [10, 20, 30, 40, 50, 60])
+
+
+SEEN = np.where(GREY[..., None] > 120, COLOUR, 255)
+KINDS = {
+    "PNG": (lambda: Image.fromarray(COLOUR), {}, COLOUR),
+    "grey PNG": (lambda: Image.fromarray(GREY), {}, np.dstack([GREY] * 3)),
+    "16-bit PNG": (lambda: Image.fromarray(GREY.astype(np.uint16) * 257), {}, np.dstack([GREY] * 3)),
+    "1-bit PNG": (lambda: Image.fromarray(GREY > 120), {}, np.dstack([np.where(GREY > 120, 255, 0)] * 3)),
+    "palette PNG": (two_colours, {}, np.where(GREY[..., None] < 128, (10, 20, 30), (40, 50, 60))),
+    "palette PNG, one colour transparent": (two_colours, {"transparency": 0},
+                                            np.where(GREY[..., None] < 128, (255,) * 3, (40, 50, 60))),
+    "RGBA PNG": (alpha_picture, {}, SEEN),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_reads_as_rgb_whatever_it_is_under_its_name(tmp_path, kind):
+    make, keywords, expected = KINDS[kind]
+    make().save(tmp_path / "x.jpg", format="PNG", **keywords)
+    found = read_image(tmp_path / "x.jpg")
+    assert found.dtype == np.uint8 and found.shape == (H, W, 3), f"{found.dtype} {found.shape}"
+    worst = abs(found.astype(int) - expected).max()
+    assert worst == 0, f"{kind}: off by up to {worst}"
+    assert image_size(tmp_path / "x.jpg") == (H, W)
+
+
+def test_the_first_frame_of_a_gif_is_read(tmp_path):
+    frames = [Image.fromarray(np.full((H, W), value, np.uint8)) for value in (40, 200)]
+    frames[0].save(tmp_path / "x.jpg", format="GIF", save_all=True, append_images=frames[1:])
+    found = read_image(tmp_path / "x.jpg")
+    assert found.shape == (H, W, 3) and (found == 40).all(), f"{found.shape} {np.unique(found)}"
+
+
+def test_half_transparent_pixels_are_mixed_with_white(tmp_path):
+    Image.new("RGBA", (W, H), (0, 100, 200, 51)).save(tmp_path / "x.png")
+    found = read_image(tmp_path / "x.png")[0, 0].astype(int)
+    assert abs(found - (204, 224, 244)).max() <= 1, f"{found}, not a fifth of the colour on white"
+
+
+def test_a_cmyk_jpeg_reads_as_the_colours_it_was_made_of(tmp_path):
+    Image.new("RGB", (W, H), (200, 60, 30)).convert("CMYK").save(tmp_path / "x.jpg", quality=95)
+    with Image.open(tmp_path / "x.jpg") as raw:
+        assert raw.mode == "CMYK", raw.mode
+    found = read_image(tmp_path / "x.jpg")[2, 3].astype(int)
+    assert abs(found - (200, 60, 30)).max() <= 6, f"{found}, not about (200, 60, 30)"
+
+
+def test_the_stored_orientation_is_kept_as_masks_are_drawn_on_it(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.fromarray(COLOUR).save(tmp_path / "x.jpg", exif=exif)
+    assert read_image(tmp_path / "x.jpg").shape == (H, W, 3)
+
+
+@pytest.mark.parametrize("read", [read_image, image_size])
+def test_a_missing_image_is_refused(tmp_path, read):
+    with pytest.raises(UserError, match="no image .*gone.jpg; put it there or take its id out of the split file"):
+        read(tmp_path / "gone.jpg")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".gif"])
+def test_a_truncated_image_is_refused_wherever_it_ends(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    whole = path.read_bytes()
+    for share in (0.0, 0.1, 0.5, 0.9):
+        path.write_bytes(whole[:int(len(whole) * share)])
+        with pytest.raises(UserError, match="cannot decode image .*; replace the file"):
+            read_image(path)
+            pytest.fail(f"the first {share:.0%} of a {suffix} were read as an image")
+
+
+def test_images_are_found_by_stem_under_any_suffix(tmp_path):
+    for name in ("a.jpg", "b.PNG", "c.webp", "d.txt", "ab.jpeg"):
+        (tmp_path / name).write_bytes(b"")
+    found = {stem: path and path.name for stem in ("a", "b", "c", "d", "ab") for path in [find_image(tmp_path, stem)]}
+    assert found == {"a": "a.jpg", "b": "b.PNG", "c": "c.webp", "d": None, "ab": "ab.jpeg"}, found
+
+
+# --- a plain folder ------------------------------------------------------------------------------------------------
+
+def test_a_folder_reads_several_one_and_no_labels(folder):
+    dataset = open_dataset("folder", folder)
+    assert dataset.classes == ["sky", "tree"] and dataset.ids == ["a", "b", "c"], (dataset.classes, dataset.ids)
+    assert dataset.labels.tolist() == [[1, 1], [0, 0], [1, 0]], dataset.labels.tolist()
+    assert dataset.split == dataset.training_split == "all", (dataset.split, dataset.training_split)
+
+
+def test_a_header_in_labels_csv_is_optional(folder):
+    with_header = open_dataset("folder", folder)
+    (folder / "labels.csv").write_text("# no header\na, tree ; sky\nb,\nc,sky\n")
+    without = open_dataset("folder", folder)
+    assert without.ids == with_header.ids and without.classes == with_header.classes, (without.ids, without.classes)
+    assert (without.labels == with_header.labels).all(), without.labels.tolist()
+
+
+def test_classes_txt_sets_the_order_and_may_name_more(folder):
+    (folder / "classes.txt").write_text("tree\ncar\nsky\n")
+    dataset = open_dataset("folder", folder)
+    assert dataset.classes == ["tree", "car", "sky"], dataset.classes
+    assert dataset.labels.tolist() == [[1, 0, 1], [0, 0, 0], [0, 0, 1]], dataset.labels.tolist()
+
+
+def test_train_txt_is_the_training_split_where_it_exists(folder):
+    (folder / "train.txt").write_text("c\na\n")
+    dataset = open_dataset("folder", folder)
+    assert dataset.ids == ["c", "a"] and dataset.split == dataset.training_split == "train", dataset.ids
+    assert dataset.labels.tolist() == [[1, 0], [1, 1]], dataset.labels.tolist()
+    assert len(open_dataset("folder", folder, "all")) == 3
+
+
+def test_masks_of_a_folder_read_as_they_are(folder):
+    dataset = open_dataset("folder", folder)
+    assert dataset.mask(0)[0].tolist() == [0, 1, 2, 255], dataset.mask(0)[0]
+
+
+def test_a_mask_with_a_class_too_many_is_refused(folder):
+    save_grey(folder / "masks" / "b.png", [[0, 1, 3, 255]] * H)
+    with pytest.raises(UserError) as caught:
+        open_dataset("folder", folder).mask(1)
+    assert_says(str(caught.value), folder / "masks" / "b.png", "holds the value 3", "0 to 2 and 255")
+
+
+FOLDER_FAULTS = {
+    "an id missing in labels.csv": ("train.txt", "a\nz\n", ("no line for z", "add one: z,class")),
+    "a class not in classes.txt": ("classes.txt", "sky\n", ("gives a the class 'tree'", "classes.txt")),
+    "no class at all": ("labels.csv", "a,\nb,\n", ("names no class", "write one image a line")),
+    "a line without a comma": ("labels.csv", "a,sky\nb\n", ("the line 'b'", "expected: image_id,class")),
+    "a comma between classes": ("labels.csv", "a,sky,tree\n", ("'a,sky,tree'", "class[;class...]")),
+    "two lines for an image": ("labels.csv", "a,sky\nb,sky\na,tree\n", ("two lines for a", "a,class;class")),
+    "an image that is not there": ("labels.csv", "a,sky\nq,sky\n", ("names q (and 0 more)", "complete the images")),
+    "more classes than 8 bits hold": ("classes.txt", "".join(f"c{i}\n" for i in range(255)), ("255 classes", "254")),
+}
+
+
+@pytest.mark.parametrize("fault", FOLDER_FAULTS)
+def test_a_folder_is_refused_for(folder, fault):
+    name, text, parts = FOLDER_FAULTS[fault]
+    (folder / name).write_text(text)
+    assert_says(refusal("folder", folder), *parts)
+
+
+def test_a_folder_without_labels_csv_is_refused(folder):
+    (folder / "labels.csv").unlink()
+    assert_says(refusal("folder", folder), "no file", "labels.csv")
+
+
+def test_only_pet_can_be_downloaded_and_only_into_its_own_name(tmp_path):
+    for name, root in (("folder", tmp_path / "oxford-iiit-pet"), ("pet", tmp_path / "pets")):
+        assert_says(refusal(name, root, download=True), "--download fetches --dataset pet", "oxford-iiit-pet", root)

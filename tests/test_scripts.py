@@ -1,0 +1,450 @@
+"""The whole pipeline through the real scripts: what they write, inherit, keep and redo."""
+import math
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from script_runs import DATA, MACHINE, SMALL, STAGE2, chain, checkpoint, copy, files, fork, picture, read_json, run
+
+from data.make_toy import make_toy
+from utils.artifacts import file_hash
+from utils.visualize import voc_palette
+
+SCRIPTS = {"run_train.py": ("Steps 1 and 2:", "stage1_", "stage2_"),
+           "run_inference.py": ("Step 3:", "output/inference"), "run_eval.py": ("Step 4:", "output/eval"),
+           "train_deeplab.py": ("Step 5:", "output/deeplab_"),
+           "test_deeplab.py": ("Step 6:", "output/deeplab_test")}
+
+
+# --- the six steps --------------------------------------------------------------------------------------------------
+
+def _numbers(value):
+    """Every number in nested JSON."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, float) else []
+
+
+@pytest.mark.parametrize("step, scores", [(4, "output/eval/scores.json"), (6, "output/deeplab_test/scores.json")])
+def test_the_six_steps_end_with_finite_scores(pipeline, step, scores):
+    table = read_json(pipeline.folder / scores)["scores"]
+    values = _numbers(table)
+    assert len(values) >= 12 and all(math.isfinite(value) and 0 <= value <= 1 for value in values), f"{scores}: {table}"
+    for row in table:
+        printed = pipeline.runs[step].stdout
+        assert row in printed, f"row {row!r} is not in the printed table:\n{printed}"
+
+
+def test_the_score_table_tells_fixed_from_oracle_for_seed_walk_and_mask(pipeline):
+    record = read_json(pipeline.folder / "output/eval/scores.json")
+    for row in ("seed", "walk", "mask"):
+        fixed, oracle = record["scores"][row]["fixed"], record["scores"][row]["oracle"]
+        for name in ("miou", "fg_iou", "image_fg_iou"):
+            assert name in fixed and name in oracle, f"{row} lacks {name}: {fixed} {oracle}"
+        # The sweep has the fixed threshold 0.5 among its own, so the oracle cannot be worse.
+        assert oracle["miou"] >= fixed["miou"] - 1e-9, f"{row}: oracle {oracle['miou']}, fixed {fixed['miou']}"
+        assert 0 <= oracle["threshold"] <= 1
+    assert "central box" in record["scores"], f"{list(record['scores'])}"
+    assert (record["labels"], record["split"]) == ("gt", "trainval"), f"{record['labels']}, {record['split']}"
+    assert "labels: gt" in pipeline.runs[4].stdout
+
+
+def test_plots_and_panels_are_pictures(pipeline):
+    for folder in ("output/eval", "output/deeplab_test"):
+        for name in ("thresholds.png", "classes.png", "panel.png", "panel_worst.png"):
+            with Image.open(pipeline.folder / folder / name) as image:
+                assert min(image.size) > 50, f"{folder}/{name} is {image.size}"
+
+
+# --- what lies on disk ----------------------------------------------------------------------------------------------
+
+def _train_ids(folder):
+    return [line.split()[0] for line in (folder / DATA / "annotations/trainval.txt").read_text().splitlines()]
+
+
+def _image_size(folder, image_id):
+    with Image.open(folder / DATA / "images" / f"{image_id}.jpg") as image:
+        return image.size[1], image.size[0]
+
+
+def test_cam_files_meet_the_contract(pipeline):
+    ids, peaks = _train_ids(pipeline.folder), []
+    for image_id in ids:
+        with np.load(pipeline.folder / "data/cams" / f"{image_id}.npz", allow_pickle=False) as file:
+            keys, cam, size = file["keys"], file["cam"], file["size"]
+        height, width = _image_size(pipeline.folder, image_id)
+        in_order = keys.tolist() == sorted(set(keys.tolist()))
+        assert keys.dtype == np.int64 and in_order, f"{image_id}: {keys.dtype} {keys}"
+        assert size.dtype == np.int64 and size.tolist() == [height, width], f"{image_id}: {size}, image {height, width}"
+        shape = (len(keys), *cam.shape[1:])
+        assert cam.dtype == np.float16 and cam.shape == shape and cam.ndim == 3, f"{image_id}: {cam.dtype} {cam.shape}"
+        assert cam.shape[1] <= -(-height // 4) and cam.shape[2] <= -(-width // 4), f"{image_id}: {cam.shape} of {size}"
+        assert cam.min() >= 0, f"{image_id}: minimum {cam.min()}"
+        peaks += cam.max(axis=(1, 2)).tolist()
+    # A class that the classifier sees nowhere has an empty map, which no division can bring to 1.
+    assert set(peaks) <= {0.0, 1.0} and peaks.count(1.0) >= len(peaks) // 4, f"maxima of the maps: {peaks}"
+
+
+@pytest.mark.parametrize("folder", ["output/inference", "output/stage2_resnet18/affinity_labels",
+                                    "output/deeplab_test/masks"])
+def test_masks_are_palette_pngs_of_the_image_size_in_voc_colours(pipeline, folder):
+    ids = [path.stem for path in (pipeline.folder / folder).glob("*.png")]
+    assert len(ids) == (6 if "deeplab" in folder else 12), f"{len(ids)} masks"
+    for image_id in ids:
+        with Image.open(pipeline.folder / folder / f"{image_id}.png") as mask:
+            values, palette = np.asarray(mask), np.reshape(mask.getpalette(), (-1, 3))
+            assert mask.format == "PNG" and mask.mode == "P", f"{image_id}: {mask.format} {mask.mode}"
+        assert values.shape == _image_size(pipeline.folder, image_id), f"{image_id}: {values.shape}"
+        assert np.array_equal(palette, voc_palette()[:len(palette)]) and len(palette) > 3, f"{image_id}: {palette[:4]}"
+        allowed = {0, 1, 2, 3, 255} if "affinity" in folder else {0, 1, 2, 3}
+        assert set(np.unique(values).tolist()) <= allowed, f"{image_id}: {np.unique(values)}"
+
+
+@pytest.mark.parametrize("folder, step, count", [
+    ("data/cams", "cam", 12), ("output/stage2_resnet18/affinity_labels", "affinity_labels", 12),
+    ("output/inference", "mask", 12), ("output/deeplab_test/masks", "mask", 6)])
+def test_manifests_say_what_was_made_how_and_where(pipeline, folder, step, count):
+    record = read_json(pipeline.folder / folder / "manifest.json")
+    assert record["step"] == step and record["complete"] is True, record["step"]
+    assert record["count"] == len(record["images"]) == count, f"{record['count']}, {len(record['images'])} images"
+    assert record["options"]["seed"] == 0 and record["options"]["data_root"] == DATA, record["options"]
+    assert record["git_commit"] is None or re.fullmatch("[0-9a-f]{40}", record["git_commit"]), record["git_commit"]
+    assert isinstance(record["git_dirty"], bool) and record["torch"][0].isdigit(), record["torch"]
+    assert record["device_name"] == "cpu", record["device_name"]
+    assert record["seconds"] >= 0 and record["failures"] == []
+    assert (record["made_from"] is None) == (step == "cam"), f"made_from {record['made_from']}"
+    written = {path.stem for path in (pipeline.folder / folder).glob("*.npz" if step == "cam" else "*.png")}
+    assert written == set(record["images"]), f"files {sorted(written)}, listed {record['images']}"
+
+
+def test_checkpoints_load_with_weights_only_and_stage_2_holds_both_networks(pipeline):
+    expected = {"stage1": {"classifier"}, "stage2": {"affinity", "classifier"}, "deeplab": {"deeplab"}}
+    for step, networks in expected.items():
+        home = pipeline.folder / f"output/{step}_resnet18"
+        for name in ("model_best.pth.tar", "checkpoint.pth.tar"):
+            payload = checkpoint(home / name)  # with weights_only=True
+            assert payload["step"] == step and set(payload["networks"]) == networks, f"{home / name}: {payload.keys()}"
+        assert read_json(home / "options.json")["options"]["backbone"] == "resnet18"
+        assert len((home / "log.jsonl").read_text().splitlines()) >= 2
+    payloads = [checkpoint(pipeline.folder / f"output/{step}_resnet18/model_best.pth.tar")
+                for step in ("stage1", "stage2")]
+    one, two = (payload["networks"]["classifier"]["state"] for payload in payloads)
+    assert all((one[name] == two[name]).all() for name in one), "stage 2 carries another classifier than stage 1's"
+
+
+def test_overlays_and_walks_are_written_on_request(pipeline):
+    for folder, count in (("output/inference/overlays", 12), ("output/deeplab_test/masks/overlays", 6)):
+        overlays = list((pipeline.folder / folder).glob("*.png"))
+        assert len(overlays) == count, f"{folder}: {len(overlays)}"
+    walks = sorted((pipeline.folder / "output/inference/walks").glob("*.gif"))
+    assert len(walks) == 8, f"{len(walks)} animations"
+    frames = []
+    for path in walks:
+        with Image.open(path) as animation:
+            frames.append(animation.n_frames)
+    assert max(frames) >= 5, f"frames: {frames}"  # equal ones, as of an empty map, are stored as one
+
+
+def test_a_manifest_names_the_one_it_was_made_from_by_its_hash(pipeline):
+    """Also after step 4, which reads the same walked scores again."""
+    parents = {"output/inference": "output/stage2_resnet18/scores/walk_trainval_gt",
+               "output/stage2_resnet18/affinity_labels": "data/cams",
+               "output/deeplab_test/masks": "output/deeplab_test/scores"}
+    for folder, parent in parents.items():
+        told = read_json(pipeline.folder / folder / "manifest.json")["made_from"]
+        found = file_hash(pipeline.folder / parent / "manifest.json")
+        assert told == found, f"{folder} was made from {told}, but {parent} is {found}"
+
+
+def test_no_temporary_file_is_left(pipeline):
+    left = [name for name in files(pipeline.folder) if name.endswith(".tmp")]
+    assert not left, f"{left}"
+
+
+def test_what_a_later_step_needs_is_inherited_and_printed(pipeline):
+    expected = {2: ("crop_size=65", f"data_root={DATA}", "from data/cams"),
+                3: ("scales=1.0", f"data_root={DATA}", f"from {STAGE2}"),
+                5: ("crop_size=65", "split=trainval", "from output/inference"),
+                6: (f"data_root={DATA}", "from output/deeplab_resnet18/model_best.pth.tar")}
+    for step, words in expected.items():
+        told = [line for line in pipeline.runs[step].stderr.splitlines() if line.startswith("Inherited ")]
+        missing = [word for word in words if word not in "".join(told)]
+        assert len(told) == 1 and not missing, f"step {step}: {missing} not in {told}"
+
+
+def test_the_cams_of_step_1_serve_steps_3_and_4(pipeline):
+    for step in (3, 4):
+        said = pipeline.runs[step].stdout + pipeline.runs[step].stderr
+        assert "Using the CAMs in data/cams" in said, f"step {step} made its own:\n{said}"
+
+
+# --- the commands of the readme, at their default backbone ----------------------------------------------------------
+
+README = (  # as they stand there; later flags, which override, keep it small
+    ("run_train.py --data_root data/oxford-iiit-pet --stage 1 --batch_size 8 --lr 0.001 --epochs 50", True),
+    ("run_train.py --data_root data/oxford-iiit-pet --stage 2 --cam_dir data/cams --batch_size 8 "
+     "--lr 0.001 --epochs 50", True),
+    ("run_inference.py --data_root data/oxford-iiit-pet --model_path output/stage2_resnet50/model_best.pth.tar "
+     "--output_dir output/inference --crf", False),
+    ("run_eval.py --data_root data/oxford-iiit-pet --model_path output/stage2_resnet50/model_best.pth.tar "
+     "--output_dir output/eval --crf", False))
+
+
+@chain
+def readme(folder, get):
+    """The readme's four commands, then DeepLab without flags (its training at a tenth of the width)."""
+    make_toy(folder / DATA, train=12, test=3, classes=3, size=48)
+    short = ("--epochs", 1, "--crop_size", 65)
+    runs = [run(folder, *command.split(), *(short if trains else ()), "--limit", 4) for command, trains in README]
+    dry = run(folder, "train_deeplab.py", "--dry_run")
+    train = run(folder, "train_deeplab.py", "--width", 0.1, "--epochs", 1)
+    return SimpleNamespace(folder=folder, runs=runs, dry=dry, train=train, test=run(folder, "test_deeplab.py"))
+
+
+def test_the_readme_commands_work_as_written(readme):
+    for name in ("stage1_resnet50", "stage2_resnet50"):
+        assert (readme.folder / "output" / name / "model_best.pth.tar").is_file(), f"no checkpoint of {name}"
+    masks = list((readme.folder / "output/inference").glob("*.png"))
+    assert len(masks) == 4, f"{len(masks)} masks of --limit 4"
+    assert "mask" in read_json(readme.folder / "output/eval/scores.json")["scores"]
+
+
+def test_missing_imagenet_weights_are_announced_and_training_starts_at_random(readme):
+    said = readme.runs[0].stderr
+    assert "WARNING: cannot download the ImageNet weights of resnet50" in said and "--pretrained PATH" in said, said
+    assert "WARNING: training starts from RANDOM weights" in said, said
+
+
+def test_stage_2_starts_from_the_classifier_of_stage_1(readme):
+    said = readme.runs[1].stderr
+    assert "tensors from output/stage1_resnet50/model_best.pth.tar" in said, said
+
+
+def test_deeplab_without_flags_takes_what_it_needs_from_the_masks_record(readme):
+    for done in (readme.dry, readme.train):
+        told = [line for line in done.stderr.splitlines() if line.startswith("Inherited ")]
+        assert len(told) == 1 and told[0].endswith("from output/inference"), done.stderr
+        for word in ("dataset=pet", f"data_root={DATA}", "split=trainval", "limit=4", "crop_size=65", "seed=0"):
+            assert word in told[0], f"{word} not in {told[0]}"
+    assert "backbone=resnet38" in readme.dry.stderr and "width=1.0" in readme.dry.stderr, readme.dry.stderr
+    assert (readme.folder / "output/deeplab_resnet38/model_best.pth.tar").is_file()
+
+
+def test_deeplab_is_tested_without_flags_on_the_test_split(readme):
+    said = readme.test.stderr
+    assert "Using output/deeplab_resnet38/model_best.pth.tar" in said, said
+    assert re.search(rf"Inherited .*data_root={DATA}.* from output/deeplab_resnet38/model_best", said), said
+    record = read_json(readme.folder / "output/deeplab_test/scores.json")
+    assert record["split"] == "test" and record["images"] == 3 and record["labels"] == "predicted", record["split"]
+
+
+# --- help -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_begins_with_the_step_and_names_what_is_read_and_written(script, tmp_path):
+    done = run(tmp_path, script, "--help")
+    description = done.stdout.split("\n\n", 1)[1]
+    step, *written = SCRIPTS[script]
+    assert description.startswith(step), f"begins with {description[:40]!r}"
+    head = description.split("\noptions:")[0]
+    assert re.search(r"\breads\b", head, re.I) and re.search(r"\bwrites\b", head), head
+    assert all(name in " ".join(head.split()) for name in written), f"{written} not in: {head}"
+    flags = re.findall(r"^  (--\w+)(.*(?:\n {4,}.*)*)", done.stdout, re.M)
+    bare = [name for name, text in flags if not re.search(r"[a-z]{3}", re.sub(r"--\w+|\{.*?\}|[A-Z_]+", "", text))]
+    assert len(flags) > 15 and not bare, f"{len(flags)} flags, without help: {bare}"
+    assert not files(tmp_path), f"--help wrote {sorted(files(tmp_path))}"
+
+
+# --- again, with the same options and with others -------------------------------------------------------------------
+
+@chain
+def again(folder, get):
+    """Steps 2 and 3 again in a copy of the pipeline: with the same options, then with others."""
+    copy(get("pipeline").folder, folder, without=("deeplab*", "walks"))
+    said, seen = {}, {"first": files(folder)}
+    infer = ("run_inference.py", "--model_path", STAGE2, *MACHINE)
+    for name, command in {"same masks": infer, "other masks": (*infer, "--no-crf", "--bg_threshold", 0.3),
+                          "same labels": ("run_train.py", "--stage", 2, *SMALL),
+                          "other labels": ("run_train.py", "--stage", 2, *SMALL, "--alpha_high", 16)}.items():
+        said[name], seen[name] = run(folder, *command).stderr, files(folder)
+    return SimpleNamespace(said=said, seen=seen)
+
+
+def _touched(again, before, after, folder, suffix=".png"):
+    names = [name for name in again.seen[before] if re.fullmatch(rf"{folder}/[^/]*{re.escape(suffix)}", name)]
+    assert names, f"nothing in {folder}"
+    return len(names), sum(again.seen[before][name] != again.seen[after][name] for name in names)
+
+
+def test_step_3_again_with_the_same_options_keeps_the_masks(again):
+    count, touched = _touched(again, "first", "same masks", "output/inference")
+    assert (count, touched) == (12, 0), f"{touched} of {count} masks were written again"
+
+
+def test_step_3_again_with_other_options_redoes_the_masks_but_not_the_walk(again):
+    count, touched = _touched(again, "same masks", "other masks", "output/inference")
+    assert (count, touched) == (12, 12), f"{touched} of {count} masks were written again"
+    walks = _touched(again, "same masks", "other masks", "output/stage2_resnet18/scores/walk_trainval_gt", ".npz")
+    assert walks == (12, 0), f"{walks[1]} of {walks[0]} walks were computed again for another threshold"
+
+
+def test_affinity_labels_are_reused_only_if_their_options_match(again):
+    labels = "output/stage2_resnet18/affinity_labels"
+    count, touched = _touched(again, "first", "same labels", labels)
+    assert (count, touched) == (12, 0) and "12 affinity labels" in again.said["same labels"], \
+        f"{touched} of {count} labels were written again with the same options"
+    count, touched = _touched(again, "same labels", "other labels", labels)
+    assert (count, touched) == (12, 12) and "are kept" not in again.said["other labels"], \
+        f"{touched} of {count} labels were written again with another --alpha_high"
+
+
+# --- any image, with the checkpoint alone ---------------------------------------------------------------------------
+
+@chain
+def pictures(folder, get):
+    """One image outside any dataset, then a folder of them, in a folder that holds nothing but the checkpoint."""
+    (folder / "model.pth.tar").hardlink_to(get("pipeline").folder / STAGE2)
+    picture(folder / "alone" / "drawn.jpg", 50, 61)
+    picture(folder / "several" / "rgba.jpg", 47, 70, "RGBA", "PNG")
+    picture(folder / "several" / "grey.png", 66, 45, "L", "PNG")
+    common = ("--model_path", "model.pth.tar", *MACHINE)
+    one = run(folder, "run_inference.py", "--images", "alone/drawn.jpg", "--save_walk", *common)
+    many = run(folder, "run_inference.py", "--images", "several", "--output_dir", "masks", *common)
+    return SimpleNamespace(folder=folder, one=one, many=many)
+
+
+@pytest.mark.parametrize("name, size, out", [("drawn", (50, 61), "output/inference"), ("rgba", (47, 70), "masks"),
+                                             ("grey", (66, 45), "masks")])
+def test_any_image_gets_a_mask_and_an_overlay_from_the_checkpoint_alone(pictures, name, size, out):
+    with Image.open(pictures.folder / out / f"{name}.png") as mask:
+        assert mask.mode == "P" and mask.size[::-1] == size, f"{mask.mode} {mask.size}"
+        assert np.asarray(mask).max() <= 3
+    with Image.open(pictures.folder / out / f"{name}_overlay.png") as overlay:
+        assert overlay.mode == "RGB" and overlay.size[::-1] == size, f"{overlay.mode} {overlay.size}"
+
+
+def test_the_propagation_on_any_image_can_be_animated(pictures):
+    with Image.open(pictures.folder / "output/inference/walks/drawn.gif") as animation:
+        assert animation.format == "GIF" and animation.size == (61, 50), f"{animation.format} {animation.size}"
+
+
+def test_nothing_but_results_is_written_for_any_image(pictures):
+    expected = {"model.pth.tar", "alone/drawn.jpg", "several/rgba.jpg", "several/grey.png", "masks/rgba.png",
+                "masks/rgba_overlay.png", "masks/grey.png", "masks/grey_overlay.png", "output/inference/drawn.png",
+                "output/inference/drawn_overlay.png", "output/inference/walks/drawn.gif"}
+    assert set(files(pictures.folder)) == expected, set(files(pictures.folder)) ^ expected
+
+
+# --- scoring --------------------------------------------------------------------------------------------------------
+
+@chain
+def scored(folder, get):
+    """run_eval on the masks of step 3, on the test split, and on a few images."""
+    copy(get("pipeline").folder, folder, without=("deeplab*", "walks"))
+    run(folder, "run_eval.py", "--mask_dir", "output/inference", "--output_dir", "masks", *MACHINE)
+    predicted = run(folder, "run_eval.py", "--split", "test", "--output_dir", "predicted", *MACHINE)
+    ids = _train_ids(folder)
+    (folder / "ids.txt").write_text("\n".join(ids[6:2:-1]) + "\n")
+    run(folder, "run_eval.py", "--mask_dir", "output/inference", "--ids", "ids.txt", "--limit", 3,
+        "--output_dir", "few", *MACHINE)
+    return SimpleNamespace(folder=folder, predicted=predicted, ids=ids)
+
+
+def test_the_checkpoint_and_its_masks_score_the_same(pipeline, scored):
+    made = read_json(pipeline.folder / "output/eval/scores.json")["scores"]["mask"]["fixed"]
+    kept = read_json(scored.folder / "masks/scores.json")["scores"]["masks"]["fixed"]
+    assert made == kept, f"from the checkpoint {made}, of its masks {kept}"
+
+
+def test_the_test_split_is_scored_by_predicted_labels(scored):
+    record = read_json(scored.folder / "predicted/scores.json")
+    assert record["labels"] == "predicted" and record["split"] == "test" and record["images"] == 6, record["labels"]
+    assert "labels: predicted" in scored.predicted.stdout
+    assert (scored.folder / "output/stage2_resnet18/scores/cam_test_predicted/manifest.json").is_file()
+
+
+def test_ids_and_limit_choose_the_images_in_the_order_of_the_split(scored):
+    record = read_json(scored.folder / "few/scores.json")
+    assert list(record["image_fg_iou"]) == scored.ids[3:6], f"{list(record['image_fg_iou'])} of {scored.ids}"
+
+
+# --- one's own folder of images, DeepLab on ground truth, dry runs --------------------------------------------------
+
+def _own_dataset(root):
+    rows = {"one": "cat", "two": "dog", "both": "dog;cat", "more": "cat", "none": ""}
+    for name in rows:
+        picture(root / "images" / f"{name}.png", 52, 58, "RGB", "PNG")
+    (root / "labels.csv").write_text("image_id,class\n" + "".join(f"{name},{label}\n" for name, label in rows.items()))
+
+
+@chain
+def own_images(folder, get):
+    """Steps 1 to 3 on a plain folder of images, one of them with two classes and one with none."""
+    _own_dataset(folder / "mine")
+    run(folder, "run_train.py", "--stage", 1, "--dataset", "folder", "--data_root", "mine", "--crop_size", 65,
+        "--scales", 1, *SMALL)
+    run(folder, "run_train.py", "--stage", 2, *SMALL)
+    run(folder, "run_inference.py", "--model_path", STAGE2, *MACHINE)
+    return folder
+
+
+def test_a_plain_folder_goes_from_stage_1_to_masks(own_images):
+    names = {path.stem for path in (own_images / "output/inference").glob("*.png")}
+    assert names == {"one", "two", "both", "more", "none"}, f"{names}"
+
+
+@pytest.mark.parametrize("name, keys", [("one", [0]), ("two", [1]), ("both", [0, 1]), ("none", [])])
+def test_an_image_has_one_map_for_each_of_its_classes(own_images, name, keys):
+    with np.load(own_images / "data/cams" / f"{name}.npz", allow_pickle=False) as file:
+        assert file["keys"].tolist() == keys and len(file["cam"]) == len(keys), f"{file['keys']}, {file['cam'].shape}"
+
+
+def test_an_image_without_a_class_is_all_background(own_images):
+    with Image.open(own_images / "output/inference/none.png") as mask:
+        assert np.asarray(mask).max() == 0, f"{np.unique(mask)}"
+
+
+@chain
+def ceiling(folder, get):
+    make_toy(folder / DATA, train=4, test=1, classes=2, size=48)
+    run(folder, "train_deeplab.py", "--mask_dir", "gt", *SMALL, "--crop_size", 65)
+    return folder
+
+
+def test_deeplab_trains_on_ground_truth_with_no_earlier_step(ceiling):
+    payload = checkpoint(ceiling / "output/deeplab_resnet18/model_best.pth.tar")
+    assert payload["options"]["mask_dir"] == "gt", payload["options"]["mask_dir"]
+
+
+@chain
+def dry(folder, get):
+    """Every step again as a dry run, in a copy of the pipeline.  (what the runs said, files before, files after)."""
+    home = copy(get("pipeline").folder, folder / "copy", without=("walks", "overlays"))
+    commands = (("run_train.py", "--stage", 1), ("run_train.py", "--stage", 2), ("run_inference.py",), ("run_eval.py",),
+                ("train_deeplab.py",), ("test_deeplab.py",))
+    before = files(home)
+    return fork(folder, [(home, (*command, "--dry_run", *MACHINE)) for command in commands]), before, files(home)
+
+
+def test_a_dry_run_prints_the_options_and_writes_nothing(dry):
+    runs, before, after = dry
+    for done in runs:
+        said = done.stderr
+        assert done.returncode == 0 and "Dry run" in said and "seed=0" in said, f"{done.args}: {said}"
+    touched = set(before.items()) ^ set(after.items())
+    assert not touched, f"written or touched: {sorted(touched)}"
+
+
+@pytest.mark.gpu
+def test_the_pipeline_runs_on_a_gpu_in_bf16(tmp_path):
+    make_toy(tmp_path / DATA, train=8, test=2, classes=2, size=48)
+    gpu = (*SMALL, "--device", "cuda", "--precision", "bf16")
+    run(tmp_path, "run_train.py", "--stage", 1, *gpu, "--crop_size", 65, "--scales", 1)
+    run(tmp_path, "run_train.py", "--stage", 2, *gpu)
+    run(tmp_path, "run_inference.py", "--model_path", STAGE2, "--device", "cuda", "--workers", 0)
+    record = read_json(tmp_path / "output/inference/manifest.json")
+    assert record["count"] == 8 and record["device_name"] != "cpu" and record["options"]["precision"] == "bf16", record
