@@ -15,7 +15,7 @@ INHERITED = ("dataset", "data_root", "split", "ids", "limit", "scales", "flip", 
 
 
 def main(argv=None):
-    parser = flags.Parser(__doc__, NAMES, output_dir="output/eval",
+    parser = flags.Parser(__doc__, NAMES, output_dir="output/eval", crf_preset="mctformer",
                           model_path="output/stage2_resnet50/model_best.pth.tar")
     args = parser.parse_args(argv)
     if args.mask_dir and args.model_path:
@@ -32,6 +32,8 @@ def main(argv=None):
         inherited = tuple(name for name in INHERITED if name not in ("labels", "bg_alpha", "beta", "walk_steps"))
         flags.resolve(parser, args, payload["options"], args.model_path, inherited)
     dataset = open_split(args)
+    if payload is not None:
+        inference.check_classes(dataset, payload["classes"], args.model_path)
     args.labels = args.labels or default_labels(dataset)
     device = begin("Step 4", args, dataset)
     if args.dry_run:

@@ -4,6 +4,8 @@ Reads a stage-2 checkpoint and images; writes <image_id>.png and manifest.json t
 output/inference). CAMs and walked scores are kept beside the checkpoint and used again. With --images PATH (an image
 or a folder) no dataset is needed: labels are predicted, and an overlay is written beside every mask.
 """
+from pathlib import Path
+
 from utils import options as flags
 from utils.runtime import run_main
 
@@ -14,7 +16,7 @@ INHERITED = ("dataset", "data_root", "split", "ids", "limit", "scales", "flip", 
 
 
 def build_parser():
-    parser = flags.Parser(__doc__, NAMES, output_dir="output/inference",
+    parser = flags.Parser(__doc__, NAMES, output_dir="output/inference", crf_preset="mctformer",
                           model_path="output/stage2_resnet50/model_best.pth.tar")
     parser.add_argument("--images", metavar="PATH", help="an image or a folder of images, instead of a dataset's split")
     parser.add_argument("--save_overlays", action="store_true", help="also write the masks laid over the images")
@@ -35,15 +37,16 @@ def main(argv=None):
         if args.labels == "gt":
             parser.error("--images has no labels to go by; leave --labels out")
         args.labels = "predicted"
-        dataset = None
+        dataset, paths = None, inference.list_images(Path(args.images))
     else:
         dataset = open_split(args)
+        inference.check_classes(dataset, payload["classes"], args.model_path)
         args.labels = args.labels or default_labels(dataset)
     device = begin("Step 3", args, dataset)
     if args.dry_run:
         return 0
     if dataset is None:
-        inference.run_images(payload, args.images, vars(args), device)
+        inference.run_images(payload, paths, vars(args), device)
     else:
         inference.run(payload, dataset, vars(args), device)
     return 0

@@ -33,6 +33,7 @@ def main(argv=None):
     parser = parser_for(argv)
     args = parser.parse_args(argv)
     from src import train
+    from src.inference import check_classes
     from src.start import begin, open_split
     from utils.artifacts import read_manifest, run_dir
     from utils.checkpoint import load_checkpoint
@@ -50,6 +51,8 @@ def main(argv=None):
         args.labels = args.labels or "gt"
     args.output_dir = args.output_dir or str(run_dir(f"stage{args.stage}", args.backbone))
     dataset = open_split(args)
+    if args.stage == 2:
+        check_classes(dataset, classifier["classes"], args.model_path)
     device = begin(f"Step {args.stage}", args, dataset)
     if args.dry_run:
         return 0

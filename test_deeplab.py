@@ -17,6 +17,7 @@ def main(argv=None):
     parser.add_argument("--save_overlays", action="store_true", help="also write the masks laid over the images")
     args = parser.parse_args(argv)
     from src import segment
+    from src.inference import check_classes
     from src.start import begin, open_split
     from utils.checkpoint import load_checkpoint
     args.model_path = args.model_path or segment.newest_checkpoint()
@@ -24,6 +25,7 @@ def main(argv=None):
     flags.resolve(parser, args, payload["options"], args.model_path, INHERITED)
     args.split = args.split or {"pet": "test"}.get(args.dataset)
     dataset = open_split(args)
+    check_classes(dataset, payload["classes"], args.model_path)
     args.labels = args.labels or "predicted"
     device = begin("Step 6", args, dataset)
     if args.dry_run:

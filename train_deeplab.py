@@ -29,10 +29,11 @@ def main(argv=None):
     dataset = open_split(args)
     if manifest is not None:
         check_classes(dataset, manifest["classes"], args.mask_dir)
+    read = segment.mask_reader(dataset, args.mask_dir)
     device = begin("Step 5", args, dataset)
     if args.dry_run:
         return 0
-    best = segment.run_training(dataset, vars(args), device)
+    best = segment.run_training(dataset, read, vars(args), device)
     print(f"Wrote {best}")
     return 0
 

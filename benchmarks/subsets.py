@@ -1,4 +1,4 @@
-"""Id lists for honest scores: the third of a split that settings were tuned on, the rest, and the images of common size.
+"""Id lists for honest scores: the third of a split that settings were tuned on, the rest, and the photos of usual size.
 
 Use them with --ids: `python run_eval.py --ids output/subsets/rest.txt`.
 """
@@ -9,12 +9,13 @@ from utils.datasets import open_dataset
 from utils.images import image_size
 from utils.runtime import run_main
 
-LARGE = 512  # pixels: a few photos above it hold 40 % of one class's pixels in the Pet sample
+LARGE = 512  # pixels: a few photos above it hold 40 % of one class's pixels in the sample
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_root", default="data/oxford-iiit-pet", help="folder of the Pet dataset (default: %(default)s)")
+    parser.add_argument("--data_root", default="data/oxford-iiit-pet",
+                        help="folder of the Pet dataset (default: %(default)s)")
     parser.add_argument("--split", default="trainval", help="split to divide (default: %(default)s)")
     parser.add_argument("--output_dir", default="output/subsets", help="folder for the lists (default: %(default)s)")
     args = parser.parse_args()

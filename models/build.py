@@ -18,7 +18,8 @@ def build_network(kind, backbone, width=1.0, output_stride=16, classes=0):
     if kind == "affinity":
         return AffinityNet(trunk)
     if kind == "deeplab":
-        return DeepLab(trunk, classes + 1)
+        # 12 cells of 8 pixels are the published field of view; on a coarser grid fewer cells see as far.
+        return DeepLab(trunk, classes + 1, dilation=12 * 8 // trunk.stride)
     raise ValueError(f"unknown kind of network {kind!r}; choose from {', '.join(KINDS)}")
 
 

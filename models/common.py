@@ -14,6 +14,8 @@ The result is one 1x1 convolution. The combination is this project's own; it is 
 import torch
 from torch import nn
 
+from utils.errors import UserError
+
 RIDGE = 0.3  # of the mean variance, added to the covariance's diagonal
 ITERATIONS = 100
 
@@ -69,7 +71,7 @@ def _principal_sides(descriptors, classes, cam):
 def _discriminant(descriptors, side):
     """Fisher's linear discriminant between the two sides, of equal priors: weight (D,) and bias."""
     if side.all() or not side.any():
-        raise ValueError("the features of the training images have no two sides; use --method cam")
+        raise UserError("the features of the training images have no two sides; use --method cam")
     means = torch.stack([descriptors[~side].mean(dim=0), descriptors[side].mean(dim=0)])  # (2, D)
     residual = descriptors - means[side.long()]
     covariance = residual.T @ residual / len(descriptors)  # (D, D)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.inference import check_classes, make_scores
+from src.inference import make_scores
 from src.masks import decide, full_size
 from src.scoring import BOX, Stage, score_split
 from utils.artifacts import read_json, write_json
@@ -118,7 +118,6 @@ def evaluate(dataset, stages, options):
 
 def checkpoint_stages(payload, dataset, options, device):
     """Seed, walk and mask of a stage-2 checkpoint; what is missing of its CAMs and walked scores is computed first."""
-    check_classes(dataset, payload["classes"], options["model_path"])
     cams, walks = make_scores(payload, dataset, options, device)
     stages = [Stage("seed", "cam", cams.path), Stage("walk", "scores", walks.path)]
     return stages + [Stage("mask", "scores", walks.path, crf=True)] * options["crf"]

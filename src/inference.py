@@ -199,7 +199,6 @@ def _same_identity(folder, complete=False):
 
 def run(payload, dataset, options, device):
     """Step 3: pseudo-masks of a split in --output_dir."""
-    check_classes(dataset, payload["classes"], options["model_path"])
     masks_out = Path(options["output_dir"])
     cams, walks = make_scores(payload, dataset, options, device)
     folder = masks.mask_folder(masks_out, walks, options)
@@ -245,9 +244,8 @@ def save_walk(path, affinity_net, view, keys, cam, image, options, device):
     save_gif(path, frames, seconds_per_frame=0.4)
 
 
-def run_images(payload, path, options, device):
-    """Masks and overlays of one image, or of every image in a folder; labels are predicted."""
-    paths = list_images(Path(path))
+def run_images(payload, paths, options, device):
+    """Masks and overlays of image files; labels are predicted."""
     networks = {name: unpack(payload["networks"][name]).to(device, memory_format=torch.channels_last)
                 for name in ("classifier", "affinity")}
     out = Path(options["output_dir"])

@@ -10,7 +10,7 @@ from models.build import build_network, pack, unpack
 from models.deeplab import segmentation_loss
 from src import engine, masks
 from src.eval import Stage, evaluate
-from src.inference import check_classes, label_keys, record_hash, save_scores
+from src.inference import label_keys, record_hash, save_scores
 from src.train import initialise, network_options, rounded_crop, split_holdout
 from utils.artifacts import Folder
 from utils.errors import UserError
@@ -62,9 +62,8 @@ def mask_reader(dataset, mask_dir):
     return read
 
 
-def run_training(dataset, options, device):
-    """Step 5: train DeepLabV1 on the masks of --mask_dir."""
-    read = mask_reader(dataset, options["mask_dir"])
+def run_training(dataset, read, options, device):
+    """Step 5: train DeepLabV1.  read: function index -> mask, from `mask_reader`."""
     torch.manual_seed(options["seed"])
     network = build_network("deeplab", **network_options(options), classes=len(dataset.classes))
     initialise(network, options)
@@ -148,7 +147,6 @@ def run_test(payload, dataset, options, device):
 
     Writes masks/, and scores.json, plots and panels where the split has ground truth.  Returns the score table or None.
     """
-    check_classes(dataset, payload["classes"], options["model_path"])
     record, home = payload["networks"]["deeplab"], Path(options["output_dir"])
     names = ("scales", "flip", "labels", "max_size", "precision")
     identity = {"deeplab": record_hash(record), "dataset": dataset.name, **{name: options[name] for name in names}}

@@ -166,7 +166,6 @@ def run_stage2(dataset, classifier, options, device):
     classifier: the stage-1 checkpoint that made them; it goes into this stage's checkpoint too.
     """
     record = classifier["networks"]["classifier"]
-    inference.check_classes(dataset, classifier["classes"], options["model_path"])
     labels = _affinity_labels(dataset, options)
     torch.manual_seed(options["seed"])
     network = build_network("affinity", **network_options(options))
