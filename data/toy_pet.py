@@ -223,7 +223,10 @@ def _clutter(rng, draw, palette, width, height):
 
 
 def _woven_patches(rng, height, width):
-    """Additive texture (height, width, 1): a few patches of stripes or checks, as cloth and tiles have."""
+    """Additive texture (height, width, 1): a few faint patches of checks, as cloth and tiles have.
+
+    No stripes: they would be one class's pattern, and the background must carry no class.
+    """
     y, x = np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)
     total = np.zeros((height, width), np.float32)
     for _ in range(rng.integers(1, 4)):
@@ -233,17 +236,16 @@ def _woven_patches(rng, height, width):
         ImageDraw.Draw(mask).polygon(outline.ravel().tolist(), fill=1)
         angle, period = rng.uniform(0, math.pi), rng.uniform(4, 9)
         wave = np.sin((x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period))
-        if rng.random() < 0.5:
-            wave = wave * np.sin((y * math.cos(angle) - x * math.sin(angle)) * (2 * math.pi / period)) * 1.4
-        total += rng.uniform(8, 24) * np.asarray(mask) * wave
+        wave = wave * np.sin((y * math.cos(angle) - x * math.sin(angle)) * (2 * math.pi / period))
+        total += rng.uniform(8, 20) * np.asarray(mask) * wave
     return total[..., None]
 
 
 def _background(rng, fur, width, height):
     """Class-free scene (height, width, 3), 0..255. Some clutter comes near to the fur's colour; the ground does not."""
-    ground = [_colour_apart(rng, FURS + SCENERY, fur, 75) for _ in range(2)]
+    ground = [_colour_apart(rng, FURS + SCENERY, fur, 90) for _ in range(2)]
     near = fur + rng.uniform(14, 26) * rng.choice([-1, 1], 3)
-    palette = ground + [_colour_apart(rng, FURS + SCENERY, fur, 55) for _ in range(3)] + [np.clip(near, 5, 250)]
+    palette = ground + [_colour_apart(rng, FURS + SCENERY, fur, 80) for _ in range(3)] + [np.clip(near, 5, 250)]
     big = _gradient(rng, palette, width * SUPERSAMPLE, height * SUPERSAMPLE)
     _clutter(rng, ImageDraw.Draw(big), palette, *big.size)
     scene = np.asarray(big.reduce(SUPERSAMPLE), np.float32) + _woven_patches(rng, height, width)
