@@ -113,7 +113,7 @@ def cam_folder(path, record, classes, dataset_name, options):
 def make_cams(record, dataset, folder, options, device):
     """Write the CAM of every image of a split that is not there yet; the manifest comes last."""
     folder.begin()
-    pending = dataset.subset([i for i, image_id in enumerate(dataset.ids) if not folder.has(image_id)])
+    pending = folder.pending(dataset)
     if pending.ids:
         classifier = unpack(record).to(device, memory_format=torch.channels_last)
         images = WholeImages(pending, options["scales"], options["max_size"], classifier.trunk.stride)
@@ -152,7 +152,7 @@ def make_walks(record, dataset, cams, folder, options, device):
         print(f"Using the walked scores in {folder.path}: same networks and options")
         return  # its manifest stays as it is: that of the masks made from it holds its hash
     folder.begin()
-    pending = dataset.subset([i for i, image_id in enumerate(dataset.ids) if not folder.has(image_id)])
+    pending = folder.pending(dataset)
     if pending.ids:
         affinity_net = unpack(record).to(device, memory_format=torch.channels_last)
         offsets = half_disc(options["radius"])

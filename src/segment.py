@@ -127,7 +127,7 @@ def kept_classes(probabilities, labels, mode):
 def make_scores(record, dataset, folder, options, device):
     """Write every image's class probabilities on the stride-8 grid; finished ones of the same options are kept."""
     folder.begin()
-    pending = dataset.subset([i for i, image_id in enumerate(dataset.ids) if not folder.has(image_id)])
+    pending = folder.pending(dataset)
     if pending.ids:
         network = unpack(record).to(device, memory_format=torch.channels_last)
         images = WholeImages(pending, options["scales"], options["max_size"], network.trunk.stride)

@@ -22,6 +22,13 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Tiny tensors: on a busy machine, threads that wait for each other cost many times what they gain."""
+    import torch
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def background(request):
     """Function: name of a chain -> its result.  The chains that the collected tests use are all started at once."""

@@ -13,15 +13,6 @@ GRID = (6, 7)
 OFFSETS = half_disc(5)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: on a busy machine, threads that wait for each other cost many times what they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_features(batch=2, depth=5, grid=GRID, seed=0):
     return torch.randn(batch, depth, *grid, generator=torch.Generator().manual_seed(seed))
 

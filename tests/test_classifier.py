@@ -10,15 +10,6 @@ from models.classifier import Classifier, classification_loss
 from models.trunk import build_trunk
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: on a busy machine, threads that wait for each other cost many times what they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def images(count=2, size=(65, 97)):
     return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
 

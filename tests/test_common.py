@@ -33,7 +33,8 @@ def test_the_head_finds_the_whole_object_from_a_cam_that_fires_on_a_tenth_of_it(
     share = head.fit(features, classes, cam)
     found = agreement(head, features, is_object)
     assert found > 0.98, f"{found:.3f} of the descriptors are on the right side"
-    assert abs(share - is_object.float().mean().item()) < 0.02, f"share {share:.3f}, truth {is_object.float().mean():.3f}"
+    truth = is_object.float().mean().item()
+    assert abs(share - truth) < 0.02, f"share {share:.3f}, truth {truth:.3f}"
 
 
 def test_the_sign_follows_the_cam():

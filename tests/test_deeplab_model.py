@@ -9,15 +9,6 @@ from models.deeplab import DeepLab, segmentation_loss
 from models.resnet38 import ResNet38
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: on a busy machine, threads that wait for each other cost many times what they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Stub(nn.Module):
     """A trunk of one convolution at stride 8."""
     stages, stride = ("first", "second", "third"), 8

@@ -26,15 +26,6 @@ OPTIONS = {"batch_size": BATCH, "epochs": EPOCHS, "lr": 0.02, "head_lr": 5.0, "m
            "output_dir": "somewhere"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: on a busy machine, threads that wait for each other cost many times what they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Trunk(nn.Module):
     stages, stride, channels = ("a",), 4, {"a": 6}
 

@@ -30,15 +30,6 @@ def psa_names():
             for tensor in tensors["bn" if module.split(".")[-1].startswith("bn") else "conv"]}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: on a busy machine, threads that wait for each other cost many times what they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def full():
     with torch.device("meta"):

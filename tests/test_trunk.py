@@ -14,15 +14,6 @@ CHANNELS = {"resnet18": (128, 256, 512), "resnet34": (128, 256, 512), "resnet50"
 SHAPES_ALONE = torch.device("meta")  # tensors without values: what is asked there is their shapes and names
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors: on a busy machine, threads that wait for each other cost many times what they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def image(size=(65, 97), seed=0):
     return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(seed))
 

@@ -130,6 +130,10 @@ class Folder:
         write_json(self.path / MANIFEST, {"step": self.step, "identity": self.identity, "complete": False})
         return len(list(self.path.glob(f"*{self.suffix}")))
 
+    def pending(self, dataset):
+        """The images of a split whose file is not there yet, as a smaller split."""
+        return dataset.subset([i for i, image_id in enumerate(dataset.ids) if not self.has(image_id)])
+
     def has(self, image_id):
         return (self.path / f"{image_id}{self.suffix}").is_file()
 
