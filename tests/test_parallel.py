@@ -122,7 +122,7 @@ def test_workers_are_born_with_one_thread_each_and_the_parent_is_unchanged(monke
 SCRIPT = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from utils.errors import run_main
+from utils.runtime import run_main
 from utils.parallel import map_parallel
 
 def wait(item):
