@@ -9,15 +9,6 @@ from utils.random_walk import half_disc, random_walk, transition, walk_frames
 GRID = (6, 7)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On grids this small, threads that wait for each other on a busy machine cost seconds."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def random_case(radius=3, grid=GRID, maps=3, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     offsets = half_disc(radius)

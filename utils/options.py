@@ -49,8 +49,8 @@ FLAGS = {
                "auto", choices=("auto", "frozen", "train")),
     "freeze": Flag(natural, "how many of the trunk's first blocks stay as loaded (block 1 is the stem; 0 with "
                             "random weights)", 2),
-    "method": Flag(str, "maps of stage 1: cam, or common = the common-object head says where and the CAM which "
-                        "(default: common with pretrained weights, cam with random ones)", choices=("cam", "common")),
+    "method": Flag(str, "maps of stage 1: cam, or common = the common-object head says where and the CAM which; "
+                        "left out: common with pretrained weights, cam with random ones", choices=("cam", "common")),
     "batch_size": Flag(count, "images per step", 16),
     "epochs": Flag(count, "passes over the training images"),
     "lr": Flag(positive, "initial learning rate of the trunk; heads get --head_lr times as much", 0.01),
