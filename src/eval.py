@@ -6,7 +6,7 @@ import numpy as np
 from src.inference import make_scores
 from src.masks import decide, full_size
 from src.scoring import BOX, Stage, score_split
-from utils.artifacts import read_json, write_json
+from utils.artifacts import MANIFEST, read_json, write_json
 from utils.errors import UserError
 from utils.maps import foreground_share
 from utils.metrics import scores
@@ -125,7 +125,7 @@ def checkpoint_stages(payload, dataset, options, device):
 
 def mask_record(folder):
     """(options of the step that wrote a folder of masks, the folder), or (None, None) for masks made elsewhere."""
-    path = Path(folder) / "manifest.json"
+    path = Path(folder) / MANIFEST
     if not Path(folder).is_dir():
         raise UserError(f"no folder {folder}; pass a folder of masks with --mask_dir")
     return (read_json(path, "delete it")["options"], folder) if path.is_file() else (None, None)

@@ -11,7 +11,7 @@ from models.affinitynet import affinity_stencil
 from models.build import unpack
 from src import masks
 from src.engine import autocast
-from utils.artifacts import Folder, load_cam, read_json, save_arrays, save_cam
+from utils.artifacts import Folder, load_cam, save_arrays, save_cam
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.images import SUFFIXES, read_image
@@ -148,7 +148,7 @@ def walk_folder(path, record, cams, options):
 
 def make_walks(record, dataset, cams, folder, options, device):
     """Write the walked scores of every image of a split that are not there yet; the manifest comes last."""
-    if _same_identity(folder, complete=True) and all(folder.has(image_id) for image_id in dataset.ids):
+    if folder.holds(dataset):
         print(f"Using the walked scores in {folder.path}: same networks and options")
         return  # its manifest stays as it is: that of the masks made from it holds its hash
     folder.begin()
@@ -180,21 +180,16 @@ def make_scores(payload, dataset, options, device):
     home = Path(options["model_path"]).parent / "scores"
     name = f"{dataset.split}_{options['labels']}"
     cams = cam_folder(options["cam_dir"], networks["classifier"], payload["classes"], dataset.name, options)
-    if not _same_identity(cams):  # the CAMs of step 1 serve if they are of this classifier; else make our own
+    if not cams.holds(dataset):
+        # Never complete step 1's folder from here: its manifest is the record that step 2 reads.
         cams = cam_folder(home / f"cam_{name}", networks["classifier"], payload["classes"], dataset.name, options)
-    if any(not cams.has(image_id) for image_id in dataset.ids) or not _same_identity(cams):
-        make_cams(networks["classifier"], dataset, cams, options, device)
-    else:
+    if cams.holds(dataset):
         print(f"Using the CAMs in {cams.path}: same classifier and options")
+    else:
+        make_cams(networks["classifier"], dataset, cams, options, device)
     walks = walk_folder(home / f"walk_{name}", networks["affinity"], cams, options)
     make_walks(networks["affinity"], dataset, cams, walks, options, device)
     return cams, walks
-
-
-def _same_identity(folder, complete=False):
-    manifest = folder.path / "manifest.json"
-    found = read_json(manifest, "delete it") if manifest.is_file() else {}
-    return found.get("identity") == folder.identity and (not complete or found["complete"])
 
 
 def run(payload, dataset, options, device):

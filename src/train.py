@@ -11,6 +11,7 @@ from models.build import build_network, pack, unpack
 from models.classifier import classification_loss
 from models.weights import load_pretrained
 from src import engine, inference, masks
+from src.inference import WALK_STRIDE
 from utils.artifacts import Folder, read_manifest
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
@@ -24,7 +25,6 @@ from utils.visualize import read_mask
 
 LONG_SIDE = (0.625, 1.25)  # range of the image's long side in crop sizes: 320..640 at crop 512 (IRN)
 DESCRIPTORS = 65_536  # to which the common-object head is fitted: 0.27 GB at 1024 channels
-GRID = 8  # pixels per cell of AffinityNet's features
 
 
 def network_options(options):
@@ -206,7 +206,7 @@ def _affinity_labels(dataset, options):
 def _affinity_loss(offsets):
     def loss(network, batch):
         features = network(batch["image"])
-        value, terms = affinity_loss(features, batch["target"][:, ::GRID, ::GRID], offsets)
+        value, terms = affinity_loss(features, batch["target"][:, ::WALK_STRIDE, ::WALK_STRIDE], offsets)
         return value, dict(zip(KINDS, terms.tolist()))
     return loss
 
@@ -214,11 +214,11 @@ def _affinity_loss(offsets):
 def _affinity_validation(dataset, labels, offsets, options, device):
     """Minus the mean affinity loss over the held-out images, whole."""
     def validate(network):
-        images = WholeImages(dataset, max_size=options["max_size"], stride=GRID, target=labels.reader(dataset))
+        images = WholeImages(dataset, max_size=options["max_size"], stride=WALK_STRIDE, target=labels.reader(dataset))
         losses = []
         for item in whole_image_loader(images, options["workers"], device):
             features = network(item["views"][0][None].to(device, memory_format=torch.channels_last))
-            target = item["target"][None, ::GRID, ::GRID].to(device)
+            target = item["target"][None, ::WALK_STRIDE, ::WALK_STRIDE].to(device)
             losses.append(affinity_loss(features, target, offsets)[0].item())
         return {"score": -float(np.mean(losses))}
     return validate

@@ -2,6 +2,7 @@
 import json
 import os
 import stat
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -230,3 +231,16 @@ def test_a_manifest_of_another_step_is_refused(tmp_path):
     filled(tmp_path)
     text = refusal(read_manifest, tmp_path, "mask")
     assert "results of step cam, not mask" in text and "name another folder" in text, text
+
+
+def test_a_folder_holds_a_split_only_when_finished_with_the_same_identity_and_every_file(tmp_path):
+    def split(*ids):
+        return SimpleNamespace(ids=list(ids))
+    folder = Folder(tmp_path / "cams", "cam", ".npz", {"scale": 1})
+    assert not folder.holds(split("a")), "a folder that is not there holds nothing"
+    folder.begin()
+    save_cam(folder.path, "a", [0], np.ones((1, 2, 2)), (8, 8))
+    assert not folder.holds(split("a")), "unfinished work was taken for a result"
+    folder.finish(["a"], {}, {})
+    assert folder.holds(split("a")) and not folder.holds(split("a", "b")), "b has no file"
+    assert not Folder(folder.path, "cam", ".npz", {"scale": 2}).holds(split("a")), "made with another scale"

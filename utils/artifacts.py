@@ -134,6 +134,12 @@ class Folder:
         """The images of a split whose file is not there yet, as a smaller split."""
         return dataset.subset([i for i, image_id in enumerate(dataset.ids) if not self.has(image_id)])
 
+    def holds(self, dataset):
+        """Whether it is finished, of the same identity, and has every image of a split: nothing need be made."""
+        previous = self._previous()
+        return (previous is not None and previous.get("identity") == self.identity and previous["complete"]
+                and all(self.has(image_id) for image_id in dataset.ids))
+
     def has(self, image_id):
         return (self.path / f"{image_id}{self.suffix}").is_file()
 
