@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -173,3 +174,14 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     process.wait()
     process.stdout.close(), process.stderr.close()
     assert gone(pids, 10), f"workers {pids} outlived their parent"
+
+
+@posix
+def test_a_dropped_iterator_leaves_no_thread_behind():
+    # Such a thread closes its pipe on its own time; a program that ends in that moment prints a traceback.
+    before = set(threading.enumerate())
+    results = map_parallel(birth_environment, range(50), 2, "dropped")
+    next(results)
+    results.close()
+    left = [thread for thread in set(threading.enumerate()) - before if "Manager" in type(thread).__name__]
+    assert not left, f"still running: {left}"

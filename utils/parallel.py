@@ -17,6 +17,7 @@ from tqdm import tqdm
 from utils.errors import UserError
 
 IN_FLIGHT = 4  # items a worker may be ahead of the reader: enough to hide one slow item, few enough to hold in memory
+MANAGER_SECONDS = 5  # the most to wait for a stopped pool's thread
 THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
@@ -134,8 +135,11 @@ def _end_with_parent():
 
 
 def _stop(pool):
-    # Stopped here only if the work is not finished. The processes are public only since Python 3.14.
-    running = list((pool._processes or {}).values())
+    # Stopped here only if the work is not finished. The processes are public only since Python 3.14, the thread never.
+    running, manager = list((pool._processes or {}).values()), pool._executor_manager_thread
     pool.shutdown(wait=False, cancel_futures=True)
     for process in running:
         process.terminate()
+    # The thread closes its pipe when it sees its workers end; a program that ends meanwhile writes to a closed pipe.
+    if manager is not None:
+        manager.join(MANAGER_SECONDS)
