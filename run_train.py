@@ -10,7 +10,7 @@ from utils import options as flags
 from utils.runtime import run_main
 
 COMMON = ("download", *flags.DATA, *flags.TRUNK, *flags.TRAINING, "cam_dir", "output_dir", *flags.MACHINE)
-NAMES = {1: (*COMMON, "method", *flags.MAPS),
+NAMES = {1: (*COMMON, "method", "cutmix", *flags.MAPS),
          2: (*COMMON, "model_path", "radius", "alpha_low", "alpha_high", "crf_preset")}
 DEFAULTS = {1: {"epochs": 8, "freeze": None, "head_lr": 1.0}, 2: {"epochs": 6, "batch_size": 8}}
 INHERITED = (*flags.DATA, "backbone", "width", "output_stride", "crop_size", "max_size", "precision", "seed",

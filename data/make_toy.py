@@ -2,9 +2,10 @@
 
     python -m data.make_toy --root data/toy
 
-A class is told by one thing alone, a pattern on the head. Fur colour, pose, size, place, ears and background are drawn
-without looking at the class, so a classifier's CAM fires on the head, and spreading it over the body (one fur, seen
-against clutter) is left to the affinities. The trimaps are ground truth for scoring alone: nothing may train on them.
+A class is told by one thing alone, a mark on the head: a pattern in an ink of its own. Fur colour, pose, size, place,
+ears and background are drawn without looking at the class, so a classifier's CAM fires on the head, and spreading it
+over the body (one fur, seen against clutter) is left to the affinities. The trimaps are ground truth for scoring alone:
+nothing may train on them.
 
     <root>/images/<Breed>_<n>.jpg                    sides within 6/7 to 17/14 of --size, odd sizes included
     <root>/annotations/trimaps/<Breed>_<n>.png       1 pet, 2 background, 3 border (1 px either side of the outline)
@@ -24,7 +25,7 @@ from PIL import Image
 
 from data.toy_pet import draw_pet
 
-VERSION = 2  # raise it whenever the drawing changes, so that an older toy set is replaced
+VERSION = 3  # raise it whenever the drawing changes, so that an older toy set is replaced
 CAT, DOG = 1, 2
 LIST_HEADER = """#Image CLASS-ID SPECIES BREED ID
 #ID: toy class ids, numbered as in a larger set with breeds left out

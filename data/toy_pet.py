@@ -1,7 +1,7 @@
-"""Drawing one toy pet: a body in a random pose before clutter, with a pattern on the head that alone tells its class.
+"""Drawing one toy pet: a body in a random pose before clutter, with a mark on the head that alone tells its class.
 
-Fur colour, pose, size, place, ears and background are drawn without looking at the pattern, from the same random
-numbers: two pets that differ in their pattern differ in the ink on the head and nowhere else.
+Fur colour, pose, size, place, ears and background are drawn without looking at the class, from the same random
+numbers: two pets that differ in their class differ in the ink on the head and nowhere else.
 """
 import math
 from typing import NamedTuple
@@ -11,15 +11,15 @@ from PIL import Image, ImageDraw, ImageFilter
 
 SUPERSAMPLE = 3
 TONE_UNIT = 200  # grey level that stands for a brightness of 1.0 in the tone layer
-PATTERN_RADIUS = 0.8  # of the head radius; the disc is then about 17 % of the pet
+PATTERN_RADIUS = 0.8  # of the head radius; the disc is then 22 to 36 % of the pet
 PET, BACKGROUND, BORDER = 1, 2, 3
-FURS = ((206, 128, 62), (120, 120, 126), (52, 48, 48), (228, 222, 212), (128, 84, 54), (222, 192, 146), (92, 66, 52),
-        (168, 152, 134))
-SCENERY = ((92, 138, 74), (124, 168, 204), (176, 96, 86), (70, 92, 130), (190, 180, 90), (150, 110, 160),
-           (60, 110, 104))
+FURS = ((196, 138, 92), (166, 122, 84), (96, 70, 54), (214, 186, 148), (128, 94, 70), (222, 200, 164), (186, 146, 108),
+        (158, 134, 112))
+SCENERY = ((118, 128, 120), (136, 148, 158), (128, 132, 138), (92, 100, 114), (172, 178, 176), (140, 138, 148),
+           (94, 102, 106), (200, 206, 210), (64, 70, 78), (222, 224, 226))
 
 
-# --- the pattern on the head: the only thing that tells the class --------------------------------------------------
+# --- the mark on the head, the only thing that tells the class: a pattern in an ink of its own -----------------------
 
 def _spots(u, v):
     """Six spots round a seventh: with three or four, the gaps between them read as a cross."""
@@ -29,13 +29,18 @@ def _spots(u, v):
 
 # (u, v) in the unit disc -> bool. Each inks about 42 % of the disc: the amount of ink must not tell the class.
 PATTERNS = {
-    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.62) < 0.17,
-    "cross": lambda u, v: np.minimum(np.abs(u), np.abs(v)) < 0.183,
+    "ring": lambda u, v: np.abs(np.abs(np.hypot(u, v) - 0.46) - 0.27) < 0.115,
+    "cross": lambda u, v: np.minimum(np.abs(np.abs(u) - 0.36), np.abs(np.abs(v) - 0.36)) < 0.0985,
     "spots": _spots,
     "stripes": lambda u, v: np.abs(np.abs(np.abs(u) - 0.31) - 0.31) < 0.127,
     "half": lambda u, v: u > 0.126,
     "wedge": lambda u, v: (v < 0.5) & (math.sqrt(3) * np.abs(u) - v < 1),
 }
+
+
+# Ink of each pattern, RGB: far from every fur and scenery, even with a hue turned by a tenth of a circle (jitter).
+INKS = {"ring": (191, 10, 146), "cross": (8, 0, 0), "spots": (10, 204, 204), "stripes": (31, 10, 191),
+        "half": (8, 153, 68), "wedge": (5, 45, 102)}
 
 
 def pattern_ink(pattern, u, v):
@@ -75,17 +80,17 @@ def _legs(rng, hips, ground):
     for hip in hips:
         for parts, tone in ((far, 0.80), (near, 0.94)):
             foot = np.array([hip[0] + rng.uniform(-0.14, 0.18), ground - (0.03 if parts is far else 0.0)])
-            parts += [Part(p, tone) for p in _limb([hip, foot], 0.115, rng.uniform(0.055, 0.075))]
+            parts += [Part(p, tone) for p in _limb([hip, foot], 0.135, rng.uniform(0.08, 0.1))]
             parts.append(Part(_ellipse(foot + (0.03, 0.0), 0.095, 0.055, n=20), tone))
     return far, near
 
 
 def _tail(rng, root):
-    swing, lift = rng.uniform(0.2, 0.5), rng.uniform(-0.65, 0.2)
+    swing, lift = rng.uniform(0.1, 0.25), rng.uniform(-0.4, 0.1)
     t = np.linspace(0, 1, 10)[:, None]
     bend, tip = root + (-swing, 0.1), root + (-swing * rng.uniform(0.5, 1.3), lift)
     curve = (1 - t) ** 2 * root + 2 * t * (1 - t) * bend + t ** 2 * tip
-    return [Part(p, 0.92) for p in _limb(curve, 0.07, 0.045)]
+    return [Part(p, 0.92) for p in _limb(curve, 0.085, 0.06)]
 
 
 def _ears(rng, centre, radius, tilt):
@@ -112,11 +117,11 @@ class Pet(NamedTuple):
 
 def _pose(rng):
     """A pet in a random pose that faces right: standing, sitting or lying by how the torso leans and the legs reach."""
-    lean, a, b = rng.uniform(-0.55, 0.15), rng.uniform(0.46, 0.58), rng.uniform(0.24, 0.31)
+    lean, a, b = rng.uniform(-0.55, 0.15), rng.uniform(0.38, 0.47), rng.uniform(0.27, 0.33)
     torso = _ellipse((0, 0), a, b, lean)
     front, rear = _rotate([(0.62 * a, 0), (-0.6 * a, 0)], lean)
-    far, near = _legs(rng, (front, rear), torso[:, 1].max() + rng.uniform(0.05, 0.30))
-    radius, tilt = rng.uniform(0.27, 0.32), rng.uniform(-0.45, 0.45)
+    far, near = _legs(rng, (front, rear), torso[:, 1].max() + rng.uniform(0.0, 0.12))
+    radius, tilt = rng.uniform(0.36, 0.42), rng.uniform(-0.45, 0.45)
     head = _rotate([(0.9 * a, 0)], lean)[0] + (rng.uniform(0.0, 0.2), -rng.uniform(0.1, 0.36))
     neck = [Part(p, 1.0) for p in _limb([front, head], 0.9 * b, 0.62 * radius)]
     muzzle = _ellipse(head + _rotate([(0.86 * radius, 0.34 * radius)], tilt)[0], 0.40 * radius, 0.30 * radius, tilt)
@@ -161,7 +166,7 @@ def _place(rng, parts, width, height):
     """Turn, flip, scale to a random share of the image and move anywhere; the frame may cut a little off."""
     flip = -1.0 if rng.random() < 0.5 else 1.0
     matrix = np.diag([flip, 1.0]) @ _rotate(np.eye(2), rng.uniform(-0.25, 0.25))
-    share, frame = rng.uniform(0.19, 0.44), np.array([width, height])
+    share, frame = rng.uniform(0.28, 0.55), np.array([width, height])
     low, high = _bounds(parts, matrix)
     scale = math.sqrt(share * width * height / _unit_area(parts, matrix))
     scale = min(scale, *(1.05 * frame / (high - low)))
@@ -172,21 +177,21 @@ def _place(rng, parts, width, height):
 
 # --- colours, textures and the background ----------------------------------------------------------------------------
 
-def _colour(rng, palette, spread=22):
+def _colour(rng, palette, spread=12):
     return np.clip(np.array(palette[rng.integers(len(palette))]) + rng.uniform(-spread, spread, 3), 12, 243)
 
 
 def _colour_apart(rng, palette, other, least):
-    """A colour at least `least` (Euclidean RGB, 0..441) away from `other`."""
+    """A colour of the palette at least `least` (Euclidean RGB, 0..441) away from `other`."""
     while True:
         colour = _colour(rng, palette)
         if np.linalg.norm(colour - other) >= least:
             return colour
 
 
-def _mark_colours(rng):
-    """A light patch and the dark ink on it, any hue: bold on every fur, so that a small network learns it quickly."""
-    return rng.uniform(200, 255, 3), rng.uniform(0, 60, 3)
+def _mark_colours(rng, pattern):
+    """A light patch and the pattern's ink on it: bold on every fur, so that a small network learns it quickly."""
+    return rng.uniform(215, 255, 3), np.clip(np.array(INKS[pattern]) + rng.uniform(-15, 15, 3), 0, 255)
 
 
 def _noise(rng, height, width, cell):
@@ -198,7 +203,7 @@ def _noise(rng, height, width, cell):
 def _fur_texture(rng, height, width):
     """Brightness factor (height, width, 1) of a coat: fine strands over slow shading."""
     strand = (1, 3) if rng.random() < 0.5 else (3, 1)
-    texture = 1 + 0.075 * _noise(rng, height, width, strand) + 0.05 * _noise(rng, height, width, (14, 14))
+    texture = 1 + 0.06 * _noise(rng, height, width, strand) + 0.03 * _noise(rng, height, width, (14, 14))
     return texture[..., None]
 
 
@@ -242,10 +247,9 @@ def _woven_patches(rng, height, width):
 
 
 def _background(rng, fur, width, height):
-    """Class-free scene (height, width, 3), 0..255. Some clutter comes near to the fur's colour; the ground does not."""
-    ground = [_colour_apart(rng, FURS + SCENERY, fur, 90) for _ in range(2)]
-    near = fur + rng.uniform(14, 26) * rng.choice([-1, 1], 3)
-    palette = ground + [_colour_apart(rng, FURS + SCENERY, fur, 80) for _ in range(3)] + [np.clip(near, 5, 250)]
+    """Class-free scene (height, width, 3), 0..255. One colour of the clutter is a fur's; the ground's never is."""
+    ground = [_colour_apart(rng, SCENERY, fur, 60) for _ in range(2)]
+    palette = ground + [_colour_apart(rng, SCENERY, fur, 50) for _ in range(3)] + [_colour(rng, FURS)]
     big = _gradient(rng, palette, width * SUPERSAMPLE, height * SUPERSAMPLE)
     _clutter(rng, ImageDraw.Draw(big), palette, *big.size)
     scene = np.asarray(big.reduce(SUPERSAMPLE), np.float32) + _woven_patches(rng, height, width)
@@ -296,7 +300,7 @@ def _shadow(rng, alpha):
 
 def _rim(alpha):
     """Brightness factor (height, width, 1) that rounds the body off: darker towards the outline."""
-    return 0.62 + 0.38 * np.clip(2 * _blurred(alpha, 1.6) - 1, 0, 1)
+    return 0.75 + 0.25 * np.clip(2 * _blurred(alpha, 1.6) - 1, 0, 1)
 
 
 def _trimap(alpha):
@@ -314,7 +318,7 @@ def draw_pet(rng, pattern, size):
     """
     width, height = rng.integers(math.floor(size * 6 / 7), math.ceil(size * 17 / 14) + 1, 2).tolist()
     fur, pet = _colour(rng, FURS), _pose(rng)
-    (light, ink_colour), turn = _mark_colours(rng), rng.uniform(-0.3, 0.3)
+    (light, ink_colour), turn = _mark_colours(rng, pattern), rng.uniform(-0.3, 0.3)
     small = _place(rng, pet.parts, width, height)
     place = Placement(small.matrix * SUPERSAMPLE, small.offset * SUPERSAMPLE)
     big = (width * SUPERSAMPLE, height * SUPERSAMPLE)

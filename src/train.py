@@ -20,7 +20,7 @@ from utils.log import environment, progress
 from utils.maps import snapped_size
 from utils.metrics import average_precision
 from utils.random_walk import half_disc
-from utils.transforms import Augmentation
+from utils.transforms import Augmentation, cutmix
 from utils.visualize import read_mask
 
 LONG_SIDE = (0.625, 1.25)  # range of the image's long side in crop sizes: 320..640 at crop 512 (IRN)
@@ -91,7 +91,7 @@ def run_stage1(dataset, options, device):
     augmentation = Augmentation(crop, long_side=tuple(crop * factor for factor in LONG_SIDE))
     samples = TrainingSamples(dataset.subset(learn), augmentation, options["seed"])
     task = engine.Task(
-        "stage1", network, _classifier_loss, samples, len(learn),
+        "stage1", network, _classifier_loss(options["cutmix"]), samples, len(learn),
         _classifier_validation(dataset.subset(held), options, device) if held else None,
         lambda: {"classes": list(dataset.classes), "networks": {
             "classifier": pack("classifier", network, **network_options(options), classes=len(dataset.classes))}})
@@ -137,8 +137,13 @@ def _sample_descriptors(classifier, view, label, count, rng, precision):
     return features.cpu()[chosen], torch.full((len(chosen),), label), cam[chosen]
 
 
-def _classifier_loss(network, batch):
-    return classification_loss(network(batch["image"]), batch["labels"]), {}
+def _classifier_loss(cutmix_probability):
+    def loss(network, batch):
+        images, labels = batch["image"], batch["labels"]
+        if cutmix_probability and torch.rand(()) < cutmix_probability:
+            images, labels = cutmix(images, labels)
+        return classification_loss(network(images), labels), {}
+    return loss
 
 
 def _classifier_validation(dataset, options, device):

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.transforms import MEAN, STD, Augmentation, normalise, resize_labels
+from utils.transforms import MEAN, STD, Augmentation, cutmix, normalise, resize_labels
 
 CROP = 33
 
@@ -169,3 +169,42 @@ def test_labels_are_resized_without_new_values():
         found = resize_labels(label, size)
         assert found.shape == size and set(np.unique(found)) <= {0, 3, 200, 255}, np.unique(found)
     assert (resize_labels(label, (39, 51))[1::3, 1::3] == label).all(), "thrice as large, the middles moved"
+
+
+def numbered_batch(height=20, width=30):
+    """Three images, each of its own number everywhere, and one class each."""
+    return torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, height, width), torch.eye(3)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_cutmix_puts_one_rectangle_of_the_next_image_and_its_share_of_the_labels(seed):
+    torch.manual_seed(seed)
+    images, labels = numbered_batch()
+    mixed, shares = cutmix(images, labels)
+    foreign = mixed[:, 0] != images[:, 0]
+    for index in range(3):
+        seen = set(mixed[index][:, foreign[index]].unique().tolist())
+        assert seen <= {(index - 1) % 3}, f"image {index} holds parts of {seen}"
+        rows, columns = foreign[index].any(1).sum(), foreign[index].any(0).sum()
+        assert foreign[index].sum() == rows * columns, f"{foreign[index].sum()} pixels, not {rows} x {columns}"
+        share = foreign[index].float().mean()
+        expected = torch.zeros(3).index_add(0, torch.tensor([index, (index - 1) % 3]), torch.stack([1 - share, share]))
+        assert torch.allclose(shares[index], expected, atol=1e-6), f"labels {shares[index]}, pixels {expected}"
+    assert torch.equal(images, numbered_batch()[0]), "cutmix changed its input"
+
+
+def test_cutmix_draws_shares_evenly_from_torchs_generator():
+    images, labels = numbered_batch(64, 64)
+    torch.manual_seed(0)
+    shares = torch.stack([cutmix(images, labels)[1][0, 2] for _ in range(400)])
+    assert abs(shares.mean() - 0.5) < 0.06 and shares.min() < 0.05 and shares.max() > 0.95, f"{shares.mean():.3f}"
+    torch.manual_seed(7)
+    first = cutmix(images, labels)
+    torch.manual_seed(7)
+    assert all(torch.equal(a, b) for a, b in zip(first, cutmix(images, labels))), "one seed gave two results"
+
+
+def test_cutmix_leaves_a_single_image_as_it_is():
+    images, labels = torch.rand(1, 3, 9, 9), torch.tensor([[0.0, 1.0]])
+    mixed, shares = cutmix(images, labels)
+    assert torch.equal(mixed, images) and torch.allclose(shares, labels), f"labels became {shares}"

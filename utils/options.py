@@ -51,6 +51,7 @@ FLAGS = {
                             "random weights)", 2),
     "method": Flag(str, "maps of stage 1: cam, or common = the common-object head says where and the CAM which; "
                         "left out: common with pretrained weights, cam with random ones", choices=("cam", "common")),
+    "cutmix": Flag(share, "share of the steps whose images get a rectangle of another, and its labels (CutMix)", 0.0),
     "batch_size": Flag(count, "images per step", 16),
     "epochs": Flag(count, "passes over the training images"),
     "lr": Flag(positive, "initial learning rate of the trunk; heads get --head_lr times as much", 0.01),

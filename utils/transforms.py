@@ -83,6 +83,22 @@ def _place(image, target, crop, rng):
     return out, labels
 
 
+def cutmix(images, labels):
+    """Each image gets a rectangle of the next one of the batch, and that share of its labels (Yun et al., ICCV 2019).
+
+    A class can then no longer be told by the absence of the others, and its map stays where its evidence is.
+    images: (B, 3, H, W).  labels: (B, K) in [0, 1].  Draws from torch's global generator.
+    Returns (images, labels float32), both new; the share is uniform in [0, 1], the rectangle shaped like the image.
+    """
+    height, width = images.shape[-2:]
+    side = torch.rand(()).sqrt()
+    h, w = int(height * side), int(width * side)
+    top, left = int(torch.randint(height - h + 1, ())), int(torch.randint(width - w + 1, ()))
+    mixed, share = images.clone(), h * w / (height * width)
+    mixed[..., top:top + h, left:left + w] = images.roll(1, 0)[..., top:top + h, left:left + w]
+    return mixed, (1 - share) * labels.float() + share * labels.float().roll(1, 0)
+
+
 def _jitter(image, rng):
     """Brightness, contrast, saturation and hue in a random order, each by a random factor."""
     picture = Image.fromarray(np.ascontiguousarray(image))
