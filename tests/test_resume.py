@@ -11,7 +11,7 @@ from script_runs import DATA, chain, checkpoint, finish, read_json, run, start
 from data.make_toy import make_toy
 
 COMMAND = ("run_train.py", "--stage", 1, "--backbone", "resnet18", "--pretrained", "none", "--crop_size", 65,
-           "--scales", 1, "--epochs", 3, "--batch_size", 2, "--workers", 1, "--device", "cpu")
+           "--scales", 1, "--epochs", 3, "--batch_size", 2, "--cutmix", 0.5, "--workers", 1, "--device", "cpu")
 RUN = "output/stage1_resnet18"
 
 
