@@ -37,7 +37,6 @@ PATTERNS = {
     "wedge": lambda u, v: (v < 0.5) & (math.sqrt(3) * np.abs(u) - v < 1),
 }
 
-
 # Ink of each pattern, RGB: far from every fur and scenery, even with a hue turned by a tenth of a circle (jitter).
 INKS = {"ring": (191, 10, 146), "cross": (8, 0, 0), "spots": (10, 204, 204), "stripes": (31, 10, 191),
         "half": (8, 153, 68), "wedge": (5, 45, 102)}
@@ -177,14 +176,14 @@ def _place(rng, parts, width, height):
 
 # --- colours, textures and the background ----------------------------------------------------------------------------
 
-def _colour(rng, palette, spread=12):
-    return np.clip(np.array(palette[rng.integers(len(palette))]) + rng.uniform(-spread, spread, 3), 12, 243)
+def _colour(rng, palette):
+    return np.clip(np.array(palette[rng.integers(len(palette))]) + rng.uniform(-12, 12, 3), 12, 243)
 
 
-def _colour_apart(rng, palette, other, least):
-    """A colour of the palette at least `least` (Euclidean RGB, 0..441) away from `other`."""
+def _scenery_apart(rng, other, least):
+    """A colour of the scenery at least `least` (Euclidean RGB, 0..441) away from `other`."""
     while True:
-        colour = _colour(rng, palette)
+        colour = _colour(rng, SCENERY)
         if np.linalg.norm(colour - other) >= least:
             return colour
 
@@ -217,7 +216,7 @@ def _clutter(rng, draw, palette, width, height):
     size = min(width, height)
     for _ in range(rng.integers(7, 16)):
         centre, reach = rng.uniform(0, 1, 2) * (width, height), rng.uniform(0.06, 0.24, 2) * size
-        colour = tuple(int(c) for c in _colour(rng, palette, 12))
+        colour = tuple(int(c) for c in _colour(rng, palette))
         kind = rng.integers(4)
         if kind < 2:
             corners = 32 if kind == 0 else rng.integers(3, 6)
@@ -248,8 +247,8 @@ def _woven_patches(rng, height, width):
 
 def _background(rng, fur, width, height):
     """Class-free scene (height, width, 3), 0..255. One colour of the clutter is a fur's; the ground's never is."""
-    ground = [_colour_apart(rng, SCENERY, fur, 60) for _ in range(2)]
-    palette = ground + [_colour_apart(rng, SCENERY, fur, 50) for _ in range(3)] + [_colour(rng, FURS)]
+    ground = [_scenery_apart(rng, fur, 60) for _ in range(2)]
+    palette = ground + [_scenery_apart(rng, fur, 50) for _ in range(3)] + [_colour(rng, FURS)]
     big = _gradient(rng, palette, width * SUPERSAMPLE, height * SUPERSAMPLE)
     _clutter(rng, ImageDraw.Draw(big), palette, *big.size)
     scene = np.asarray(big.reduce(SUPERSAMPLE), np.float32) + _woven_patches(rng, height, width)

@@ -96,8 +96,8 @@ def _mask_file(item, score_dir, folder, settings, overlays):
 
 
 def _run(work, dataset, folder, workers, description, redo=False):
-    items = [(image_id, dataset.subset([i])) for i, image_id in enumerate(dataset.ids)
-             if redo or not folder.has(image_id)]
+    wanted = dataset if redo else folder.pending(dataset)
+    items = [(image_id, wanted.subset([i])) for i, image_id in enumerate(wanted.ids)]
     for _ in map_parallel(work, items, workers, description):
         pass
 

@@ -177,7 +177,7 @@ def numbered_batch(height=20, width=30):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_cutmix_puts_one_rectangle_of_the_next_image_and_its_share_of_the_labels(seed):
+def test_cutmix_puts_one_rectangle_of_the_image_before_and_its_share_of_the_labels(seed):
     torch.manual_seed(seed)
     images, labels = numbered_batch()
     mixed, shares = cutmix(images, labels)

@@ -84,19 +84,21 @@ def _place(image, target, crop, rng):
 
 
 def cutmix(images, labels):
-    """Each image gets a rectangle of the next one of the batch, and that share of its labels (Yun et al., ICCV 2019).
+    """Each image gets a rectangle of the one before it in the batch, and that share of its labels.
 
-    A class can then no longer be told by the absence of the others, and its map stays where its evidence is.
+    CutMix (Yun et al., ICCV 2019); the first image takes from the last. A class can then no longer be told by the absence
+    of the others, and its map stays where its evidence is.
     images: (B, 3, H, W).  labels: (B, K) in [0, 1].  Draws from torch's global generator.
     Returns (images, labels float32), both new; the share is uniform in [0, 1], the rectangle shaped like the image.
     """
+    labels = labels.float()
     height, width = images.shape[-2:]
     side = torch.rand(()).sqrt()
     h, w = int(height * side), int(width * side)
     top, left = int(torch.randint(height - h + 1, ())), int(torch.randint(width - w + 1, ()))
     mixed, share = images.clone(), h * w / (height * width)
-    mixed[..., top:top + h, left:left + w] = images.roll(1, 0)[..., top:top + h, left:left + w]
-    return mixed, (1 - share) * labels.float() + share * labels.float().roll(1, 0)
+    mixed[..., top:top + h, left:left + w] = images[..., top:top + h, left:left + w].roll(1, 0)
+    return mixed, (1 - share) * labels + share * labels.roll(1, 0)
 
 
 def _jitter(image, rng):
