@@ -1,7 +1,8 @@
 """Step 4: score masks against ground truth: seed (CAM), + walk, + CRF of a checkpoint, or any folder of masks.
 
-Reads a stage-2 checkpoint (--model_path) or a folder of PNG masks (--mask_dir), and a split with ground truth; writes
-scores.json, thresholds.png, classes.png, panel.png and panel_worst.png to --output_dir (default output/eval).
+Reads a stage-2 checkpoint (--model_path; of a stage-1 one the seed is scored) or a folder of PNG masks (--mask_dir),
+and a split with ground truth; writes scores.json, thresholds.png, classes.png, panel.png and panel_worst.png to
+--output_dir (default output/eval).
 """
 from pathlib import Path
 
@@ -28,12 +29,14 @@ def main(argv=None):
         flags.resolve(parser, args, *evaluation.mask_record(args.mask_dir), INHERITED)
         args.model_path = None
     else:
-        payload, args.model_path = inference.open_checkpoint(args.model_path, parser.flags["model_path"])
+        payload, args.model_path = inference.open_checkpoint(args.model_path, parser.flags["model_path"],
+                                                             args.cam_dir or parser.flags["cam_dir"],
+                                                             steps=("stage1", "stage2"))
         inherited = tuple(name for name in INHERITED if name not in ("labels", "bg_alpha", "beta", "walk_steps"))
         flags.resolve(parser, args, payload["options"], args.model_path, inherited)
     dataset = open_split(args)
     if payload is not None:
-        inference.check_classes(dataset, payload["classes"], args.model_path)
+        inference.settle_classes(payload, dataset, args.model_path)
     args.labels = args.labels or default_labels(dataset)
     device = begin("Step 4", args, dataset)
     if args.dry_run:

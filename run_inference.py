@@ -30,9 +30,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     from src import inference
     from src.start import begin, default_labels, open_split
-    payload, args.model_path = inference.open_checkpoint(args.model_path, parser.flags["model_path"])
+    payload, args.model_path = inference.open_checkpoint(args.model_path, parser.flags["model_path"],
+                                                         args.cam_dir or parser.flags["cam_dir"])
     flags.resolve(parser, args, payload["options"], args.model_path, INHERITED)
-    args.crop_size = payload["options"]["crop_size"]  # no flag of this step, but of its record: step 5 inherits it
+    args.crop_size = payload["options"].get("crop_size")  # no flag of this step, but of its record: step 5 inherits it
     if args.images is not None:
         if args.labels == "gt":
             parser.error("--images has no labels to go by; leave --labels out")
@@ -40,7 +41,7 @@ def main(argv=None):
         dataset, paths = None, inference.list_images(Path(args.images))
     else:
         dataset = open_split(args)
-        inference.check_classes(dataset, payload["classes"], args.model_path)
+        inference.settle_classes(payload, dataset, args.model_path)
         args.labels = args.labels or default_labels(dataset)
     device = begin("Step 3", args, dataset)
     if args.dry_run:

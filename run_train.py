@@ -1,6 +1,7 @@
 """Steps 1 and 2: train the CAM classifier (--stage 1), then AffinityNet (--stage 2).
 
-Step 1 reads images and image labels; it writes output/stage1_<backbone>/ and the split's CAMs to --cam_dir.
+Step 1 reads images and image labels; it writes output/stage1_<backbone>/ and the split's CAMs to --cam_dir. With
+--model_path it trains nothing: it takes that classifier, ours or a published one, and writes the CAMs.
 Step 2 reads the CAMs; it writes affinity labels and a checkpoint with both networks to output/stage2_<backbone>/.
 """
 import argparse
@@ -9,12 +10,11 @@ import sys
 from utils import options as flags
 from utils.runtime import run_main
 
-COMMON = ("download", *flags.DATA, *flags.TRUNK, *flags.TRAINING, "cam_dir", "output_dir", *flags.MACHINE)
-NAMES = {1: (*COMMON, "method", "cutmix", *flags.MAPS),
-         2: (*COMMON, "model_path", "radius", "alpha_low", "alpha_high", "crf_preset")}
+COMMON = ("download", *flags.DATA, *flags.TRUNK, *flags.TRAINING, "model_path", "cam_dir", "output_dir", *flags.MACHINE)
+NAMES = {1: (*COMMON, "method", "cutmix", "long_side", *flags.MAPS),
+         2: (*COMMON, "radius", "alpha_low", "alpha_high", "crf_preset")}
 DEFAULTS = {1: {"epochs": 8, "freeze": None, "head_lr": 1.0}, 2: {"epochs": 6, "batch_size": 8}}
-INHERITED = (*flags.DATA, "backbone", "width", "output_stride", "crop_size", "max_size", "precision", "seed",
-             "model_path")
+INHERITED = (*flags.DATA, *flags.NETWORK, "crop_size", "max_size", "precision", "seed", "model_path")
 
 
 def parser_for(argv):
@@ -32,34 +32,42 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = parser_for(argv)
     args = parser.parse_args(argv)
+    from models.weights import load_model
     from src import train
-    from src.inference import check_classes
-    from src.start import begin, open_split
+    from src.inference import check_same_classifier, settle_classes
+    from src.start import begin, default_labels, open_split
     from utils.artifacts import read_manifest, run_dir
-    from utils.checkpoint import load_checkpoint
+    classifier = None
     if args.stage == 2:
         args.cam_dir = args.cam_dir or flags.FLAGS["cam_dir"].default
         manifest = read_manifest(args.cam_dir, "cam")
         flags.resolve(parser, args, manifest["options"], args.cam_dir, INHERITED)
-        classifier = load_checkpoint(args.model_path, steps=("stage1",))
+        classifier = load_model(args.model_path, steps=("stage1",))
         args.pretrained = args.pretrained or args.model_path
-        train.check_same_classifier(classifier, manifest, args.model_path, args.cam_dir)
+        check_same_classifier(classifier, manifest, args.model_path, args.cam_dir)
         # Not flags of this stage, but of its record: step 3 inherits them, so that these CAMs fit its options.
         args.scales, args.flip = manifest["options"]["scales"], manifest["options"]["flip"]
+    elif args.model_path:
+        classifier = load_model(args.model_path, steps=("stage1",))
+        flags.resolve(parser, args, {**classifier["options"], **train.network_of(classifier, args)},
+                      args.model_path, INHERITED)
     else:
         flags.resolve(parser, args)
-        args.labels = args.labels or "gt"
     args.output_dir = args.output_dir or str(run_dir(f"stage{args.stage}", args.backbone))
     dataset = open_split(args)
-    if args.stage == 2:
-        check_classes(dataset, classifier["classes"], args.model_path)
+    if args.stage == 1:
+        args.labels = args.labels or ("gt" if classifier is None else default_labels(dataset))
+    if classifier is not None:
+        settle_classes(classifier, dataset, args.model_path)
     device = begin(f"Step {args.stage}", args, dataset)
     if args.dry_run:
         return 0
-    if args.stage == 1:
-        train.run_stage1(dataset, vars(args), device)
-    else:
+    if args.stage == 2:
         train.run_stage2(dataset, classifier, vars(args), device)
+    elif classifier is not None:
+        train.adopt_classifier(classifier, dataset, vars(args), device)
+    else:
+        train.run_stage1(dataset, vars(args), device)
     return 0
 
 

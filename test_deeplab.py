@@ -6,26 +6,28 @@ writes masks/, scores.json, plots and panels to --output_dir (default output/dee
 from utils import options as flags
 from utils.runtime import run_main
 
-NAMES = ("model_path", *flags.DATA, *flags.MAPS, "bg_threshold", "crf", "crf_preset", "max_size", "output_dir",
+NAMES = ("model_path", *flags.DATA, *flags.MAPS, "merge", "bg_threshold", "crf", "crf_preset", "max_size", "output_dir",
          *flags.MACHINE)
-DEFAULTS = {"scales": (0.5, 0.75, 1.0, 1.25, 1.5), "output_dir": "output/deeplab_test", "crf_preset": "seamv1"}
+DEFAULTS = {"output_dir": "output/deeplab_test"}
 INHERITED = ("dataset", "data_root", "max_size", "precision")
 
 
 def main(argv=None):
-    parser = flags.Parser(__doc__, NAMES, **DEFAULTS)
+    parser = flags.Parser(__doc__, NAMES, **DEFAULTS, **dict.fromkeys(flags.DEEPLAB_TEST["seamv1"]))
+    parser.add_recipes(flags.DEEPLAB_TEST)
     parser.add_argument("--save_overlays", action="store_true", help="also write the masks laid over the images")
     args = parser.parse_args(argv)
+    from models.weights import load_model
     from src import segment
-    from src.inference import check_classes
+    from src.inference import settle_classes
     from src.start import begin, open_split
-    from utils.checkpoint import load_checkpoint
     args.model_path = args.model_path or segment.newest_checkpoint()
-    payload = load_checkpoint(args.model_path, steps=("deeplab",))
+    payload = load_model(args.model_path, steps=("deeplab",))
+    parser.flags.update(flags.DEEPLAB_TEST[payload["networks"]["deeplab"].get("head", "seamv1")])
     flags.resolve(parser, args, payload["options"], args.model_path, INHERITED)
     args.split = args.split or {"pet": "test"}.get(args.dataset)
     dataset = open_split(args)
-    check_classes(dataset, payload["classes"], args.model_path)
+    settle_classes(payload, dataset, args.model_path)
     args.labels = args.labels or "predicted"
     device = begin("Step 6", args, dataset)
     if args.dry_run:

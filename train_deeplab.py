@@ -6,14 +6,16 @@ output/deeplab_<backbone>/.
 from utils import options as flags
 from utils.runtime import run_main
 
-NAMES = (*flags.DATA, "mask_dir", *flags.TRUNK, *flags.TRAINING, "output_dir", *flags.MACHINE)
-DEFAULTS = {"backbone": "resnet38", "mask_dir": "output/inference", "epochs": 20, "batch_size": 10, "output_stride": 8}
+NAMES = (*flags.DATA, "mask_dir", "head", *flags.TRUNK, *flags.TRAINING, "output_dir", *flags.MACHINE)
+DEFAULTS = {"backbone": "resnet38", "mask_dir": "output/inference", "output_stride": 8}
 INHERITED = (*flags.DATA, "max_size", "crop_size", "precision", "seed")
 
 
 def main(argv=None):
-    parser = flags.Parser(__doc__, NAMES, **DEFAULTS)
+    parser = flags.Parser(__doc__, NAMES, **DEFAULTS, **dict.fromkeys(flags.DEEPLAB_TRAINING["seamv1"]))
+    parser.add_recipes(flags.DEEPLAB_TRAINING)
     args = parser.parse_args(argv)
+    parser.flags.update(flags.DEEPLAB_TRAINING[args.head or "seamv1"])
     from src import segment
     from src.inference import check_classes
     from src.start import begin, open_split

@@ -10,26 +10,32 @@ HIDDEN = 512
 
 
 class DeepLab(Network):
-    """A trunk and the LargeFOV head in the layout of SEAM's segmentation code (seamv1), which AVC uses too.
+    """A trunk and a LargeFOV head.
 
-    trunk: see `models.trunk.build_trunk`.  classes: number of classes, background counted.  dropout: before the last
-    convolution, in [0, 1].  dilation: of the head's 3x3; 12 is published for output stride 8, 6 sees as far at 16.
-    The head is as wide as the trunk's last map, at most 512. Its modules carry the published names: `backbone.` of a
-    seamv1 checkpoint is `trunk.` here, and every other name stands below `head.`, the part to train at 10 x the rate.
+    trunk: see `models.trunk.build_trunk`.  classes: number of classes, background counted.  head: a key of HEADS.
+    dropout: before the last convolution of the seamv1 head, in [0, 1].  dilation: of the head's 3x3; 12 is published
+    for output stride 8, 6 sees as far at 16.  The head is as wide as the trunk's last map, at most 512; it is the part
+    to train at 10 x the rate.
     """
 
-    def __init__(self, trunk, classes, dropout=0.5, dilation=12):
+    def __init__(self, trunk, classes, head="seamv1", dropout=0.5, dilation=12):
         super().__init__(trunk)
         inputs = trunk.channels[trunk.stages[-1]]
-        self.head = large_fov_head(inputs, min(HIDDEN, inputs), classes, dropout, dilation)
+        if head not in HEADS:
+            raise ValueError(f"unknown DeepLab head {head!r}; choose from {', '.join(HEADS)}")
+        self.head = HEADS[head](inputs, min(HIDDEN, inputs), classes, dropout, dilation)
+        # Published code draws the classifier from He's distribution too: logits of deviation 5, a first loss far above
+        # log(classes). Near zero, all classes start alike.
+        nn.init.normal_(self.head.cls_conv.weight, std=0.01)
+        nn.init.zeros_(self.head.cls_conv.bias)
 
     def forward(self, images):
         """images: (B, 3, H, W) normalised RGB.  Returns logits (B, classes, h, w) at the trunk's stride."""
         return self.head(self.trunk(images)[self.trunk.stages[-1]])
 
 
-def large_fov_head(inputs, hidden, classes, dropout, dilation):
-    """Dilated 3x3, 1x1 and the classifier; (B, inputs, h, w) -> (B, classes, h, w)."""
+def seamv1_head(inputs, hidden, classes, dropout, dilation):
+    """The head of SEAM's segmentation code, which AVC uses too: dilated 3x3, 1x1 and the classifier, with its names."""
     head = nn.Sequential(OrderedDict(
         conv_fov=nn.Conv2d(inputs, hidden, 3, padding=dilation, dilation=dilation, bias=False),
         # Published momentum is 3e-4, for runs of 20,000 iterations; shorter ones need statistics that follow sooner.
@@ -43,11 +49,22 @@ def large_fov_head(inputs, hidden, classes, dropout, dilation):
     ))
     for conv in (head.conv_fov, head.conv_fov2):
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    # Published code draws the classifier from He's distribution too: logits of deviation 5, a first loss far above
-    # log(classes). Near zero, all classes start alike.
-    nn.init.normal_(head.cls_conv.weight, std=0.01)
-    nn.init.zeros_(head.cls_conv.bias)
     return head
+
+
+def mctformer_head(inputs, hidden, classes, _, dilation):
+    """The head of MCTformer's segmentation code: two dilated 3x3 with biases, no normalisation, no dropout."""
+    head = nn.Sequential(OrderedDict(
+        conv_fov=nn.Conv2d(inputs, hidden, 3, padding=dilation, dilation=dilation),
+        relu_fov=nn.ReLU(inplace=True),
+        cls_conv=nn.Conv2d(hidden, classes, 3, padding=dilation, dilation=dilation),
+    ))
+    nn.init.xavier_uniform_(head.conv_fov.weight)
+    nn.init.zeros_(head.conv_fov.bias)
+    return head
+
+
+HEADS = {"seamv1": seamv1_head, "mctformer": mctformer_head}
 
 
 def segmentation_loss(logits, target, ignore_index=255):

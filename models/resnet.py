@@ -9,11 +9,13 @@ class ResNet(nn.Module):
     """He et al., CVPR 2016, without pooling and classifier, dilated to a finer output stride.
 
     name: one of DEPTHS.  output_stride: 16 (layer4 keeps the grid of layer3) or 8 (layer3 and layer4 keep layer2's).
+    dilated: whether what comes after a stride that was taken out is dilated, so that each weight meets the neighbours
+    it was trained for; IRN (Ahn et al., CVPR 2019) goes without.
     Parameter names are torchvision's, so that its checkpoints load as they are.
     """
     stages = ("layer2", "layer3", "layer4")
 
-    def __init__(self, name, output_stride=16):
+    def __init__(self, name, output_stride=16, dilated=True):
         super().__init__()
         if name not in DEPTHS:
             raise ValueError(f"unknown ResNet {name!r}; choose from {', '.join(DEPTHS)}")
@@ -22,11 +24,9 @@ class ResNet(nn.Module):
         net = getattr(torchvision.models, name)(weights=None)
         self.conv1, self.bn1, self.relu, self.maxpool = net.conv1, net.bn1, net.relu, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
-        if output_stride == 8:
-            dilate(self.layer3, 1, 2)
-            dilate(self.layer4, 2, 4)
-        else:
-            dilate(self.layer4, 1, 2)
+        unstrided = [(self.layer3, 1, 2), (self.layer4, 2, 4)] if output_stride == 8 else [(self.layer4, 1, 2)]
+        for layer, first, rest in unstrided:
+            unstride(layer, *((first, rest) if dilated else (1, 1)))
         self.stride = output_stride
         self.channels = {stage: _out_channels(getattr(self, stage)) for stage in self.stages}
 
@@ -45,7 +45,7 @@ class ResNet(nn.Module):
         return [[self.conv1, self.bn1], [self.layer1], [self.layer2], [self.layer3], [self.layer4]]
 
 
-def dilate(layer, first, rest):
+def unstride(layer, first, rest):
     """Take the stride out of a ResNet layer: its first block's 3x3 gets dilation `first`, the others `rest`.
 
     The first block sees the undilated grid of the layer before, so it keeps that layer's dilation (as in torchvision's

@@ -8,11 +8,12 @@ BACKBONES = (*DEPTHS, "resnet38")
 BN_POLICIES = ("auto", "frozen", "train")
 
 
-def build_trunk(backbone, output_stride=16, width=1.0):
+def build_trunk(backbone, output_stride=16, width=1.0, dilated=True):
     """A trunk with random weights.
 
     backbone: one of BACKBONES.  output_stride: 8 or 16 (ResNet-18..101); resnet38 is published at 8 and stays there.
-    width: channel multiplier of resnet38; 1.0 is the published network.
+    width: channel multiplier of resnet38; 1.0 is the published network.  dilated: whether a ResNet's layers that lost
+    their stride are dilated instead; IRN's are not.
     The trunk maps images (B, 3, H, W) to a dict of feature maps; `stages` names the last three in order of depth,
     `channels` gives their sizes, `stride` is the output stride, `blocks()` lists the modules in order of depth.
     """
@@ -20,7 +21,7 @@ def build_trunk(backbone, output_stride=16, width=1.0):
         raise ValueError(f"unknown backbone {backbone!r}; choose from {', '.join(BACKBONES)}")
     if backbone == "resnet38":
         return ResNet38(width=width)
-    return ResNet(backbone, output_stride=output_stride)
+    return ResNet(backbone, output_stride, dilated)
 
 
 class Network(nn.Module):

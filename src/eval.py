@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.inference import make_scores
+from src.inference import make_scores, split_cams
 from src.masks import decide, full_size
 from src.scoring import BOX, Stage, score_split
 from utils.artifacts import MANIFEST, read_json, write_json
@@ -117,7 +117,9 @@ def evaluate(dataset, stages, options):
 
 
 def checkpoint_stages(payload, dataset, options, device):
-    """Seed, walk and mask of a stage-2 checkpoint; what is missing of its CAMs and walked scores is computed first."""
+    """Seed, walk and mask of a stage-2 checkpoint, the seed alone of a stage-1 one; missing maps are computed first."""
+    if "affinity" not in payload["networks"]:
+        return [Stage("seed", "cam", split_cams(payload, dataset, options, device).path)]
     cams, walks = make_scores(payload, dataset, options, device)
     stages = [Stage("seed", "cam", cams.path), Stage("walk", "scores", walks.path)]
     return stages + [Stage("mask", "scores", walks.path, crf=True)] * options["crf"]

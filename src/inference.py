@@ -9,10 +9,11 @@ from torch.nn import functional as F
 
 from models.affinitynet import affinity_stencil
 from models.build import unpack
+from models.weights import load_model
 from src import masks
 from src.engine import autocast
-from utils.artifacts import Folder, load_cam, save_arrays, save_cam
-from utils.checkpoint import load_checkpoint
+from utils.artifacts import Folder, load_cam, read_manifest, run_dir, save_arrays, save_cam
+from utils.checkpoint import is_checkpoint
 from utils.errors import UserError
 from utils.images import SUFFIXES, read_image
 from utils.loader import WholeImages, scaled_views, whole_image_loader
@@ -39,6 +40,25 @@ def check_classes(dataset, classes, source):
         raise UserError(f"{source} knows {len(classes)} classes ({', '.join(classes[:3])}, ...), but {dataset.root} "
                         f"has {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...); pass another --data_root "
                         "or --model_path")
+
+
+def settle_classes(payload, dataset, source):
+    """As `check_classes` for a checkpoint; a published one knows only how many there are, and takes the dataset's."""
+    if payload["classes"] is None:
+        (record,) = payload["networks"].values()
+        if record["classes"] != len(dataset.classes):
+            raise UserError(f"{source} knows {record['classes']} classes, but {dataset.root} has "
+                            f"{len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...); pass another --data_root "
+                            "or --model_path")
+        payload["classes"] = list(dataset.classes)
+    check_classes(dataset, payload["classes"], source)
+
+
+def check_same_classifier(classifier, manifest, model_path, cam_dir):
+    """UserError unless the CAMs of a folder were made by this stage-1 checkpoint, which goes into stage 2's."""
+    if record_hash(classifier["networks"]["classifier"]) != manifest["identity"]["classifier"]:
+        raise UserError(f"the CAMs in {cam_dir} were not made by {model_path}; run: python run_train.py --stage 1, or "
+                        "pass the checkpoint that made them with --model_path")
 
 
 def label_keys(logits, labels, mode):
@@ -171,24 +191,34 @@ def save_scores(folder, image_id, keys, probabilities, size):
                 probabilities=np.asarray(probabilities, np.float16))
 
 
+def split_cams(payload, dataset, options, device):
+    """The `Folder` of a split's CAMs: --cam_dir if it holds them, else one beside the checkpoint, made or completed."""
+    record = payload["networks"]["classifier"]
+    # Step 1's folder is never completed from here: its manifest is the record that step 2 reads.
+    for path in (options["cam_dir"], scores_home(payload, dataset, options, "cam")):
+        cams = cam_folder(path, record, payload["classes"], dataset.name, options)
+        if cams.holds(dataset):
+            print(f"Using the CAMs in {cams.path}: same classifier and options")
+            return cams
+    make_cams(record, dataset, cams, options, device)
+    return cams
+
+
+def scores_home(payload, dataset, options, name):
+    """Where maps of a split are kept: beside the checkpoint they are made from; for a published one, in output/."""
+    path = Path(options["model_path"])
+    home = path.parent / "scores" if is_checkpoint(payload) else run_dir("scores", path.stem)
+    return home / f"{name}_{dataset.split}_{options['labels']}"
+
+
 def make_scores(payload, dataset, options, device):
     """CAMs and walked scores of a split from a stage-2 checkpoint; both kept beside it and reused.
 
     Returns (cam Folder, walk Folder).
     """
-    networks = payload["networks"]
-    home = Path(options["model_path"]).parent / "scores"
-    name = f"{dataset.split}_{options['labels']}"
-    cams = cam_folder(options["cam_dir"], networks["classifier"], payload["classes"], dataset.name, options)
-    if not cams.holds(dataset):
-        # Never complete step 1's folder from here: its manifest is the record that step 2 reads.
-        cams = cam_folder(home / f"cam_{name}", networks["classifier"], payload["classes"], dataset.name, options)
-    if cams.holds(dataset):
-        print(f"Using the CAMs in {cams.path}: same classifier and options")
-    else:
-        make_cams(networks["classifier"], dataset, cams, options, device)
-    walks = walk_folder(home / f"walk_{name}", networks["affinity"], cams, options)
-    make_walks(networks["affinity"], dataset, cams, walks, options, device)
+    cams, record = split_cams(payload, dataset, options, device), payload["networks"]["affinity"]
+    walks = walk_folder(scores_home(payload, dataset, options, "walk"), record, cams, options)
+    make_walks(record, dataset, cams, walks, options, device)
     return cams, walks
 
 
@@ -205,13 +235,26 @@ def run(payload, dataset, options, device):
     return masks_out
 
 
-def open_checkpoint(path, default):
-    """The stage-2 checkpoint at `path`; without one, the default, or else the newest in output/.  (payload, path)."""
+def open_checkpoint(path, default, cam_dir, steps=("stage2",)):
+    """The checkpoint at `path`, of one of `steps`; without one, the newest of stage 2 in output/, the default first.
+
+    A published AffinityNet comes without a classifier: it gets the one that made the CAMs in `cam_dir`.
+    Returns (payload, path).
+    """
     if path is None:
         found = sorted(Path("output").glob("stage2_*/model_best.pth.tar"), key=lambda p: p.stat().st_mtime)
         path = default if Path(default).is_file() or not found else str(found[-1])
         print(f"Using {path}", file=sys.stderr)
-    return load_checkpoint(path, steps=("stage2",)), str(path)
+    payload = load_model(path, steps)
+    if list(payload["networks"]) == ["affinity"]:
+        manifest = read_manifest(cam_dir, "cam")
+        source = manifest["options"]["model_path"]
+        classifier = load_model(source, ("stage1",))
+        check_same_classifier(classifier, manifest, source, cam_dir)
+        print(f"Taking the classifier from {source}, which made the CAMs in {cam_dir}", file=sys.stderr)
+        payload = {**payload, "classes": classifier["classes"], "options": {**manifest["options"], "cam_dir": cam_dir},
+                   "networks": {**payload["networks"], **classifier["networks"]}}
+    return payload, str(path)
 
 
 def save_walks(payload, dataset, cams, folder, options, device, count=8):

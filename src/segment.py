@@ -21,7 +21,7 @@ from utils.metrics import confusion, scores
 from utils.transforms import Augmentation, resize_labels
 from utils.visualize import read_mask
 
-SCALE = (0.5, 1.5)  # random scale of a training image (seamv1)
+SCALE = {"seamv1": (0.5, 1.5), "mctformer": (0.7, 1.3)}  # random scale of a training image, by DeepLab's head
 MIN_PROBABILITY = 0.05  # classes that nowhere reach it are left out of the CRF; the likeliest is always kept
 
 
@@ -65,17 +65,17 @@ def mask_reader(dataset, mask_dir):
 def run_training(dataset, read, options, device):
     """Step 5: train DeepLabV1.  read: function index -> mask, from `mask_reader`."""
     torch.manual_seed(options["seed"])
-    network = build_network("deeplab", **network_options(options), classes=len(dataset.classes))
+    how = {**network_options("deeplab", options, len(dataset.classes)), "head": options["head"]}
+    network = build_network(**how)
     initialise(network, options)
     learn, held = split_holdout(dataset, options["val_fraction"], options["seed"])
-    augmentation = Augmentation(rounded_crop(options), scale=SCALE, max_size=options["max_size"])
+    augmentation = Augmentation(rounded_crop(options), scale=SCALE[options["head"]], max_size=options["max_size"])
     samples = TrainingSamples(dataset.subset(learn), augmentation, options["seed"], lambda index: read(learn[index]))
     held_set = dataset.subset(held)
     task = engine.Task(
         "deeplab", network, _loss, samples, len(learn),
         _validation(held_set, lambda index: read(held[index]), options, device) if held else None,
-        lambda: {"classes": list(dataset.classes), "networks": {
-            "deeplab": pack("deeplab", network, **network_options(options), classes=len(dataset.classes))}})
+        lambda: {"classes": list(dataset.classes), "networks": {"deeplab": pack(network, **how)}})
     return engine.train(task, options, options["output_dir"], device)
 
 
@@ -100,12 +100,14 @@ def _validation(dataset, read, options, device):
 
 
 @torch.no_grad()
-def multi_scale_probabilities(network, views, grid, flip, device, precision):
-    """Softmax of the mean of the logits over scales and flips (recipes.md, DeepLabV1 test).
+def multi_scale_probabilities(network, views, grid, flip, merge, device, precision):
+    """Class probabilities from several scales and, if `flip`, their mirror images (recipes.md, DeepLabV1 test).
 
-    views: list of (3, h, w), one per scale.  grid: (h, w) of the result.  Returns (C, *grid) float32 numpy.
+    views: list of (3, h, w), one per scale.  grid: (h, w) of the result.  merge: "mean", the softmax of the mean of the
+    logits (seamv1), or "max", the largest softmax of each class (MCTformer), which is divided by its sum over classes.
+    Returns (C, *grid) float32 numpy.
     """
-    total = 0
+    merged = None
     for view in views:
         batch = torch.stack([view, view.flip(-1)] if flip else [view]).to(device, memory_format=torch.channels_last)
         with engine.autocast(device, precision):
@@ -113,8 +115,13 @@ def multi_scale_probabilities(network, views, grid, flip, device, precision):
         if flip:
             logits = torch.stack([logits[0], logits[1].flip(-1)])
         logits = F.interpolate(logits.float(), size=grid, mode="bilinear", align_corners=True)
-        total = total + logits.mean(dim=0) / len(views)
-    return total.softmax(dim=0).cpu().numpy()
+        if merge == "mean":
+            one = logits.mean(dim=0) / len(views)
+            merged = one if merged is None else merged + one
+        else:
+            one = logits.softmax(dim=1).amax(dim=0)
+            merged = one if merged is None else torch.maximum(merged, one)
+    return (merged.softmax(dim=0) if merge == "mean" else merged / merged.sum(dim=0)).cpu().numpy()
 
 
 def kept_classes(probabilities, labels, mode):
@@ -134,8 +141,8 @@ def make_scores(record, dataset, folder, options, device):
         for item in progress(whole_image_loader(images, options["workers"], device), "DeepLab", len(pending)):
             index = item["index"]
             grid = grid_size(capped_size(item["size"], options["max_size"]), 8)
-            probabilities = multi_scale_probabilities(network, item["views"], grid, options["flip"], device,
-                                                      options["precision"])
+            probabilities = multi_scale_probabilities(network, item["views"], grid, options["flip"], options["merge"],
+                                                      device, options["precision"])
             keys = kept_classes(probabilities, pending.labels[index], options["labels"])
             kept = probabilities[np.concatenate([[0], keys + 1])]
             save_scores(folder.path, pending.ids[index], keys, kept / np.maximum(kept.sum(axis=0), 1e-8), item["size"])
@@ -148,7 +155,7 @@ def run_test(payload, dataset, options, device):
     Writes masks/, and scores.json, plots and panels where the split has ground truth.  Returns the score table or None.
     """
     record, home = payload["networks"]["deeplab"], Path(options["output_dir"])
-    names = ("scales", "flip", "labels", "max_size", "precision")
+    names = ("scales", "flip", "merge", "labels", "max_size", "precision")
     identity = {"deeplab": record_hash(record), "dataset": dataset.name, **{name: options[name] for name in names}}
     maps = Folder(home / "scores", "deeplab", ".npz", identity)
     make_scores(record, dataset, maps, options, device)

@@ -12,13 +12,14 @@ from models.classifier import classification_loss
 from models.weights import load_pretrained
 from src import engine, inference, masks
 from src.inference import WALK_STRIDE
-from utils.artifacts import Folder, read_manifest
+from utils.artifacts import Folder, read_manifest, write_json
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.loader import TrainingSamples, WholeImages, whole_image_loader
 from utils.log import environment, progress
 from utils.maps import snapped_size
 from utils.metrics import average_precision
+from utils.options import NETWORK
 from utils.random_walk import half_disc
 from utils.transforms import Augmentation, cutmix
 from utils.visualize import read_mask
@@ -27,8 +28,19 @@ LONG_SIDE = (0.625, 1.25)  # range of the image's long side in crop sizes: 320..
 DESCRIPTORS = 65_536  # to which the common-object head is fitted: 0.27 GB at 1024 channels
 
 
-def network_options(options):
-    return {name: options[name] for name in ("backbone", "width", "output_stride")}
+def network_options(kind, options, classes=0):
+    """How `build_network` is to build the network of a run."""
+    return {"kind": kind, **{name: options[name] for name in NETWORK}, "classes": classes}
+
+
+def network_of(payload, args):
+    """How a checkpoint's classifier was built; UserError if the flags ask for another network."""
+    record = payload["networks"]["classifier"]
+    built = {name: record[name] for name in NETWORK if name in record}
+    for name, value in built.items():
+        if getattr(args, name) not in (None, value):
+            raise UserError(f"{args.model_path} has {name} {value}, not {getattr(args, name)}; leave --{name} out")
+    return built
 
 
 def initialise(network, options):
@@ -84,25 +96,43 @@ def run_stage1(dataset, options, device):
     if not dataset.labels.any():
         raise UserError(f"no image of split {dataset.split} in {dataset.root} has a label; stage 1 needs image labels")
     torch.manual_seed(options["seed"])
-    network = build_network("classifier", **network_options(options), classes=len(dataset.classes))
+    how = network_options("classifier", options, len(dataset.classes))
+    network = build_network(**how)
     initialise(network, options)
     learn, held = split_holdout(dataset, options["val_fraction"], options["seed"])
     crop = rounded_crop(options)
-    augmentation = Augmentation(crop, long_side=tuple(crop * factor for factor in LONG_SIDE))
+    augmentation = Augmentation(crop, long_side=tuple(options["long_side"] or (crop * part for part in LONG_SIDE)))
     samples = TrainingSamples(dataset.subset(learn), augmentation, options["seed"])
     task = engine.Task(
         "stage1", network, _classifier_loss(options["cutmix"]), samples, len(learn),
         _classifier_validation(dataset.subset(held), options, device) if held else None,
-        lambda: {"classes": list(dataset.classes), "networks": {
-            "classifier": pack("classifier", network, **network_options(options), classes=len(dataset.classes))}})
+        lambda: {"classes": list(dataset.classes), "networks": {"classifier": pack(network, **how)}})
     best_path = engine.train(task, options, options["output_dir"], device)
     best = load_checkpoint(best_path)
     record = best["networks"]["classifier"]
     if options["method"] == "common":
         record = fit_common_object(record, dataset, options, device)
         save_checkpoint(best_path, {**best, "networks": {"classifier": record}})
+    _write_cams(record, dataset, options, best_path, device)
+
+
+def adopt_classifier(payload, dataset, options, device):
+    """Stage 1 without training: take a classifier as it is, ours or a published one, and write the split's CAMs.
+
+    It is copied to --output_dir, so that the CAMs' record points to a checkpoint of this project.
+    """
+    record, path = payload["networks"]["classifier"], Path(options["output_dir"]) / "model_best.pth.tar"
+    if path.resolve() != Path(options["model_path"]).resolve():
+        save_checkpoint(path, {"step": "stage1", "options": options, "epoch": 0, "classes": payload["classes"],
+                               "networks": {"classifier": record}})
+        write_json(path.parent / "options.json", {"step": "stage1", "options": options, **environment(device)})
+    _write_cams(record, dataset, options, path, device)
+
+
+def _write_cams(record, dataset, options, path, device):
+    """The CAMs of a split; their record names the checkpoint `path`, which step 2 takes the classifier from."""
     folder = inference.cam_folder(options["cam_dir"], record, dataset.classes, dataset.name, options)
-    inference.make_cams(record, dataset, folder, {**options, "model_path": str(best_path)}, device)
+    inference.make_cams(record, dataset, folder, {**options, "model_path": str(path)}, device)
 
 
 @torch.no_grad()
@@ -158,13 +188,6 @@ def _classifier_validation(dataset, options, device):
     return validate
 
 
-def check_same_classifier(classifier, manifest, model_path, cam_dir):
-    """UserError unless the CAMs of a folder were made by this stage-1 checkpoint, which goes into stage 2's."""
-    if inference.record_hash(classifier["networks"]["classifier"]) != manifest["identity"]["classifier"]:
-        raise UserError(f"the CAMs in {cam_dir} were not made by {model_path}; run: python run_train.py --stage 1, or "
-                        "pass the checkpoint that made them with --model_path")
-
-
 def run_stage2(dataset, classifier, options, device):
     """Train AffinityNet on affinity labels made from the CAMs in --cam_dir.
 
@@ -173,7 +196,8 @@ def run_stage2(dataset, classifier, options, device):
     record = classifier["networks"]["classifier"]
     labels = _affinity_labels(dataset, options)
     torch.manual_seed(options["seed"])
-    network = build_network("affinity", **network_options(options))
+    how = network_options("affinity", options)
+    network = build_network(**how)
     initialise(network, options)
     learn, held = split_holdout(dataset, options["val_fraction"], options["seed"])
     learning = dataset.subset(learn)
@@ -184,7 +208,7 @@ def run_stage2(dataset, classifier, options, device):
         "stage2", network, _affinity_loss(offsets), samples, len(learn),
         _affinity_validation(dataset.subset(held), labels, offsets, options, device) if held else None,
         lambda: {"classes": list(dataset.classes), "networks": {
-            "affinity": pack("affinity", network, **network_options(options), classes=0), "classifier": record}})
+            "affinity": pack(network, **how), "classifier": record}})
     engine.train(task, options, options["output_dir"], device)
 
 

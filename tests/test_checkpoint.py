@@ -97,3 +97,27 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, save):
     text = refusal(tmp_path / "c.pth")
     assert "damaged" in text and ("could run code" in text or "cannot read" in text), text
     assert not (tmp_path / "ran").exists(), "loading the checkpoint ran its code"
+
+
+@pytest.mark.parametrize("wrap", [lambda tensor: tensor, lambda tensor: {"a": [1, {"b": (tensor,)}]}])
+def test_a_tensor_of_a_trillion_elements_on_one_stored_is_refused(tmp_path, wrap):
+    torch.save(wrap(torch.zeros(1, dtype=torch.float16).expand(10 ** 6, 10 ** 6)), tmp_path / "c.pth")
+    text = refusal(tmp_path / "c.pth", read=read_tensors)
+    assert "(1000000, 1000000)" in text and "not as many values" in text, text
+
+
+def test_a_tensor_whose_storage_claims_a_trillion_elements_is_refused(tmp_path):
+    torch.save(torch.zeros(300), tmp_path / "c.pth", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "c.pth").read_bytes()
+    # Pickle writes a whole number as BININT2 or, if it is large, as LONG1.
+    short, huge = b"M" + (300).to_bytes(2, "little"), b"\x8a\x06" + (10 ** 12).to_bytes(6, "little")
+    assert content.count(short) == 2, f"{content.count(short)} places that tell the size"  # storage and shape
+    (tmp_path / "c.pth").write_bytes(content.replace(short, huge))
+    assert "damaged" in refusal(tmp_path / "c.pth", read=read_tensors)
+
+
+def test_views_of_one_storage_are_no_harm(tmp_path):
+    whole = torch.arange(12.0).reshape(3, 4)
+    torch.save({"all": whole, "part": whole[1:], "turned": whole.T, "empty": whole[:0]}, tmp_path / "c.pth")
+    found = read_tensors(tmp_path / "c.pth")
+    assert torch.equal(found["turned"], whole.T) and torch.equal(found["part"], whole[1:]), found

@@ -8,6 +8,7 @@ from torch import nn
 from models.build import build_network, pack, unpack
 from models.classifier import Classifier, classification_loss
 from models.trunk import build_trunk
+from utils.errors import UserError
 
 
 def images(count=2, size=(65, 97)):
@@ -86,7 +87,7 @@ SHAPE = {"backbone": "resnet18", "width": 1.0, "output_stride": 8, "classes": 3}
 @pytest.mark.parametrize("kind", ["classifier", "affinity", "deeplab"])
 def test_a_network_comes_back_from_its_record(kind):
     network = build_network(kind, **SHAPE).eval()
-    record = pack(kind, network, **SHAPE)
+    record = pack(network, kind=kind, **SHAPE)
     again = unpack(record)
     assert not again.training and again.trunk.stride == 8
     with torch.no_grad():
@@ -95,11 +96,35 @@ def test_a_network_comes_back_from_its_record(kind):
     assert record["state"]["trunk.conv1.weight"].any(), "the record changes with the network"
 
 
-def test_a_record_with_a_missing_tensor_is_refused():
-    record = pack("affinity", build_network("affinity", **SHAPE), **SHAPE)
-    del record["state"]["fuse.weight"]
-    with pytest.raises(RuntimeError, match="fuse.weight"):
+@pytest.fixture
+def record():
+    return pack(build_network("affinity", **SHAPE), kind="affinity", **SHAPE)
+
+
+@pytest.mark.parametrize("name, tensor, words", [
+    ("fuse.weight", None, "missing or unknown tensors (1, such as fuse.weight)"),
+    ("extra.weight", torch.zeros(2), "missing or unknown tensors (1, such as extra.weight)"),
+    ("fuse.weight", torch.zeros(3, 448, 1, 1), "fuse.weight is (3, 448, 1, 1), but the network has (448, 448, 1, 1)"),
+])
+def test_a_record_whose_tensors_do_not_fit_is_refused(record, name, tensor, words):
+    record["state"][name] = tensor
+    if tensor is None:
+        del record["state"][name]
+    with pytest.raises(UserError) as caught:
         unpack(record)
+    assert words in str(caught.value), f"{caught.value}"
+
+
+@pytest.mark.parametrize("name, value", [("backbone", "vgg16"), ("kind", "unet"), ("width", "wide"), ("extra", 1)])
+def test_a_record_that_makes_no_network_is_refused(record, name, value):
+    with pytest.raises(UserError, match="makes no network"):
+        unpack({**record, "backbone": "resnet38", name: value})
+
+
+def test_a_record_that_claims_a_trillion_classes_takes_no_memory():
+    record = pack(build_network("classifier", **SHAPE), kind="classifier", **SHAPE)
+    with pytest.raises(UserError, match="head.weight is .3, 512, 1, 1., but the network has .1000000000000, 512"):
+        unpack({**record, "classes": 10 ** 12})
 
 
 def test_an_unknown_kind_is_refused_with_the_choices():

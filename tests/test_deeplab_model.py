@@ -1,12 +1,15 @@
 """DeepLabV1: parameter count, shapes, the published head, and its loss against a pixel loop."""
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from models.deeplab import DeepLab, segmentation_loss
 from models.resnet38 import ResNet38
+from src.segment import multi_scale_probabilities
 
 
 class Stub(nn.Module):
@@ -70,6 +73,36 @@ def test_head_has_the_published_names_sizes_and_dilation():
         "cls_conv.weight": (21, 512, 1, 1), "cls_conv.bias": (21,)}, f"{shapes}"
     assert head.conv_fov.dilation == head.conv_fov.padding == (12, 12), f"dilation {head.conv_fov.dilation}"
     assert head.dropout1.p == 0.5, f"dropout {head.dropout1.p}"
+
+
+def test_mctformers_head_has_the_published_sizes_and_no_normalisation():
+    with torch.device("meta"):
+        model = DeepLab(ResNet38(), classes=21, head="mctformer")
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.head.named_parameters()}
+    assert shapes == {"conv_fov.weight": (512, 4096, 3, 3), "conv_fov.bias": (512,), "cls_conv.weight": (21, 512, 3, 3),
+                      "cls_conv.bias": (21,)}, f"{shapes}"
+    assert model.head.conv_fov.dilation == model.head.cls_conv.dilation == (12, 12), f"{model.head}"
+
+
+def test_an_unknown_head_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="'aspp'; choose from seamv1, mctformer"):
+        DeepLab(Stub(), classes=3, head="aspp")
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("merge", ["mean", "max"])
+def test_scales_are_merged_as_published(merge, flip):
+    torch.manual_seed(0)
+    model, grid = DeepLab(Stub(), classes=3).eval(), (5, 7)
+    views = [torch.randn(3, 33, 49), torch.randn(3, 65, 97)]
+    found = multi_scale_probabilities(model, views, grid, flip, merge, torch.device("cpu"), "fp32")
+    with torch.no_grad():
+        maps = [model(view[None]) for view in views]
+        maps += [model(view.flip(-1)[None]).flip(-1) for view in views if flip]
+    stack = torch.cat([F.interpolate(one, size=grid, mode="bilinear", align_corners=True) for one in maps])
+    expected = stack.mean(dim=0).softmax(dim=0) if merge == "mean" else stack.softmax(dim=1).amax(dim=0)
+    gap = np.abs(found - (expected / expected.sum(dim=0)).numpy()).max()
+    assert gap < 1e-6, f"{merge}, flip {flip}: differs by up to {gap:.1e}"
 
 
 @pytest.mark.parametrize("size, grid", [((65, 97), (9, 13)), ((64, 71), (8, 9))])

@@ -10,6 +10,9 @@ from PIL import Image
 from script_runs import DATA, MACHINE, SMALL, chain, copy, files, finish, fork, mask_picture, read_json, start
 
 from data.make_toy import make_toy
+from models.build import build_network, pack
+from models.weights import Weights, export
+from utils.checkpoint import save_tensors
 
 REFUSALS = {}  # name -> (function that spoils a folder, words that the error line must have)
 LATE = set()  # refused in the midst of the work: what was finished before stays
@@ -153,7 +156,7 @@ def a_checkpoint_of_another_class_list(folder):
     return "run_inference.py", "--data_root", "data/two", "--output_dir", "output/new", *MACHINE
 
 
-@refusal("foreign.pth.tar", "not a checkpoint of this project", "--model_path")
+@refusal("foreign.pth.tar is none of the known files of weights", "pass one of these", "PSA ResNet38 AffinityNet")
 def a_foreign_checkpoint(folder):
     torch.save({"state_dict": {"conv.weight": torch.zeros(2)}}, folder / "foreign.pth.tar")
     return "run_inference.py", "--model_path", "foreign.pth.tar", *MACHINE
@@ -187,6 +190,20 @@ def a_bare_pickle_with_code(folder):
 @refusal("no checkpoint gone.pth.tar", "run the step that writes it")
 def a_missing_checkpoint(folder):
     return "run_eval.py", "--model_path", "gone.pth.tar", *MACHINE
+
+
+@refusal("knows 2 classes", "has 3", "--data_root")
+def a_published_classifier_of_other_classes(folder):
+    how = {"kind": "classifier", "backbone": "resnet38", "width": 0.05, "output_stride": 8, "classes": 2}
+    state, _ = export(Weights("", "", {"classifier": pack(build_network(**how), **how)}), "psa")
+    save_tensors(folder / "cls.pth", state)
+    return "run_train.py", "--stage", 1, "--model_path", "cls.pth", "--output_dir", "output/new", *MACHINE
+
+
+@refusal("has backbone resnet18, not resnet50", "leave --backbone out")
+def another_backbone_than_the_checkpoints(folder):
+    return ("run_train.py", "--stage", 1, "--model_path", "output/stage1_resnet18/model_best.pth.tar", "--backbone",
+            "resnet50", "--output_dir", "output/new", *MACHINE)
 
 
 @refusal("no output/inference/manifest.json", "run: python run_inference.py")

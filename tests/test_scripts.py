@@ -1,15 +1,22 @@
 """The whole pipeline through the real scripts: what they write, inherit, keep and redo."""
 import math
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from script_runs import DATA, MACHINE, SMALL, STAGE2, chain, checkpoint, copy, files, fork, picture, read_json, run
+from script_runs import (DATA, MACHINE, ROOT, SMALL, STAGE2, chain, checkpoint, copy, files, fork, picture, read_json,
+                         run)
 
 from data.make_toy import make_toy
+from models.build import build_network, pack
+from models.weights import Weights, export
 from utils.artifacts import file_hash
+from utils.checkpoint import save_tensors
 from utils.visualize import voc_palette
 
 SCRIPTS = {"run_train.py": ("Steps 1 and 2:", "stage1_", "stage2_"),
@@ -221,7 +228,7 @@ def test_missing_imagenet_weights_are_announced_and_training_starts_at_random(re
 
 def test_stage_2_starts_from_the_classifier_of_stage_1(readme):
     said = readme.runs[1].stderr
-    assert "tensors from output/stage1_resnet50/model_best.pth.tar" in said, said
+    assert "output/stage1_resnet50/model_best.pth.tar: checkpoint of this project, stage1, into resnet50" in said, said
 
 
 def test_deeplab_without_flags_takes_what_it_needs_from_the_masks_record(readme):
@@ -343,7 +350,7 @@ def test_nothing_but_results_is_written_for_any_image(pictures):
 
 @chain
 def scored(folder, get):
-    """run_eval on the masks of step 3, on the test split, and on a few images."""
+    """run_eval on the masks of step 3, on the test split, on a few images, and on stage 1's checkpoint."""
     copy(get("pipeline").folder, folder, without=("deeplab*", "walks"))
     run(folder, "run_eval.py", "--mask_dir", "output/inference", "--output_dir", "masks", *MACHINE)
     predicted = run(folder, "run_eval.py", "--split", "test", "--output_dir", "predicted", *MACHINE)
@@ -351,6 +358,8 @@ def scored(folder, get):
     (folder / "ids.txt").write_text("\n".join(ids[6:2:-1]) + "\n")
     run(folder, "run_eval.py", "--mask_dir", "output/inference", "--ids", "ids.txt", "--limit", 3,
         "--output_dir", "few", *MACHINE)
+    run(folder, "run_eval.py", "--model_path", "output/stage1_resnet18/model_best.pth.tar", "--output_dir", "seed",
+        *MACHINE)
     return SimpleNamespace(folder=folder, predicted=predicted, ids=ids)
 
 
@@ -358,6 +367,12 @@ def test_the_checkpoint_and_its_masks_score_the_same(pipeline, scored):
     made = read_json(pipeline.folder / "output/eval/scores.json")["scores"]["mask"]["fixed"]
     kept = read_json(scored.folder / "masks/scores.json")["scores"]["masks"]["fixed"]
     assert made == kept, f"from the checkpoint {made}, of its masks {kept}"
+
+
+def test_the_seed_of_stage_1_scores_the_same_as_that_of_stage_2(pipeline, scored):
+    later = read_json(pipeline.folder / "output/eval/scores.json")["scores"]
+    alone = read_json(scored.folder / "seed/scores.json")["scores"]
+    assert alone["seed"] == later["seed"] and set(alone) == {"central box", "seed"}, f"{alone}, with stage 2 {later}"
 
 
 def test_the_test_split_is_scored_by_predicted_labels(scored):
@@ -408,16 +423,106 @@ def test_an_image_without_a_class_is_all_background(own_images):
         assert np.asarray(mask).max() == 0, f"{np.unique(mask)}"
 
 
+# --- published checkpoints ------------------------------------------------------------------------------------------
+
+def _published(folder, kind, family, **how):
+    """A file in a published layout, of random weights at an eighth of the width."""
+    how = {"kind": kind, "backbone": "resnet38", "width": 0.125, "output_stride": 8, **how}
+    record = pack(build_network(**how), **how)
+    save_tensors(folder / f"{kind}.pth", export(Weights("", "", {kind: record}), family)[0])
+
+
+@chain
+def foreign(folder, get):
+    """Published files through every step that takes one."""
+    torch.manual_seed(0)
+    make_toy(folder / DATA, train=4, test=1, classes=2, size=48)
+    _published(folder, "classifier", "psa", classes=2)
+    _published(folder, "affinity", "psa")
+    _published(folder, "deeplab", "mctformer", classes=2, head="mctformer")
+    told = subprocess.run([sys.executable, "-m", "models.weights", str(folder / "classifier.pth"), "--export", "psa",
+                           str(folder / "again.pth")], cwd=ROOT, capture_output=True, text=True, check=True)
+    seed = run(folder, "run_train.py", "--stage", 1, "--model_path", "classifier.pth", "--scales", 1, *MACHINE)
+    run(folder, "run_train.py", "--stage", 2, "--epochs", 1, "--crop_size", 65, *MACHINE)
+    masks = run(folder, "run_inference.py", "--model_path", "affinity.pth", "--no-crf", *MACHINE)
+    run(folder, "run_eval.py", "--model_path", "classifier.pth", "--scales", 1, *MACHINE)
+    test = run(folder, "test_deeplab.py", "--model_path", "deeplab.pth", "--scales", 1, *MACHINE)
+    run(folder, "run_train.py", "--stage", 1, "--backbone", "resnet38", "--width", 0.125, "--pretrained", "again.pth",
+        "--method", "cam", "--freeze", 2, "--bn", "frozen", "--long_side", 40, 60, "--epochs", 1, "--crop_size", 65,
+        "--scales", 1, "--cam_dir", "trained_cams", "--output_dir", "trained", *MACHINE)
+    return SimpleNamespace(folder=folder, told=told, seed=seed, masks=masks, test=test)
+
+
+def test_a_file_of_weights_is_told_by_its_path(foreign):
+    said = foreign.told.stdout
+    assert "classifier.pth: PSA ResNet38 classifier" in said and "width 0.125, 2 classes" in said, said
+    assert "again.pth: 229 tensors under psa's names" in said, said
+
+
+def test_a_published_classifier_makes_the_cams_without_training(foreign):
+    record = read_json(foreign.folder / "data/cams/manifest.json")
+    assert record["complete"] and record["count"] == 4 and "PSA ResNet38 classifier" in foreign.seed.stderr, record
+    adopted = checkpoint(foreign.folder / "output/stage1_resnet38/model_best.pth.tar")
+    published = torch.load(foreign.folder / "classifier.pth", weights_only=True)
+    assert torch.equal(adopted["networks"]["classifier"]["state"]["head.weight"], published["fc8.weight"])
+    assert adopted["options"]["backbone"] == "resnet38" and adopted["options"]["width"] == 0.125, adopted["options"]
+    assert not (foreign.folder / "output/stage1_resnet38/log.jsonl").exists(), "it trained"
+
+
+def test_stage_2_goes_on_from_a_published_classifier(foreign):
+    networks = checkpoint(foreign.folder / "output/stage2_resnet38/model_best.pth.tar")["networks"]
+    assert {name: record["width"] for name, record in networks.items()} == {"affinity": 0.125, "classifier": 0.125}
+
+
+def test_a_published_affinitynet_takes_the_classifier_of_the_cams(foreign):
+    said = foreign.masks.stderr
+    assert "Taking the classifier from output/stage1_resnet38/model_best.pth.tar" in said, said
+    assert "Using the CAMs in data/cams" in foreign.masks.stdout, foreign.masks.stdout
+    names = {path.name for path in (foreign.folder / "output/inference").glob("*.png")}
+    assert len(names) == 4 and (foreign.folder / "output/scores_affinity").is_dir(), names
+
+
+def test_a_published_classifier_is_scored(foreign):
+    table = read_json(foreign.folder / "output/eval/scores.json")
+    assert set(table["scores"]) == {"central box", "seed"} and table["labels"] == "gt", table["scores"]
+
+
+def test_a_published_deeplab_is_tested_as_its_head_was(foreign):
+    said = foreign.test.stderr
+    for word in ("DeepLabV1-ResNet38 with MCTformer's head", "merge=max", "flip=False", "crf_preset=mctformer"):
+        assert word in said, f"{word} not in {said}"
+    assert (foreign.folder / "output/deeplab_test/scores.json").is_file()
+
+
+def test_stage_1_trains_from_a_published_trunk_by_the_psa_recipe(foreign):
+    payload = checkpoint(foreign.folder / "trained/model_best.pth.tar")
+    trained = payload["networks"]["classifier"]["state"]
+    start = torch.load(foreign.folder / "again.pth", weights_only=True)
+    same = {name: torch.equal(trained[f"trunk.{name}"], start[name])
+            for name in ("conv1a.weight", "b2_2.conv_branch2b1.weight", "b3.conv_branch2a.weight", "bn7.weight",
+                         "bn7.running_mean")}
+    assert same == {"conv1a.weight": True, "b2_2.conv_branch2b1.weight": True, "b3.conv_branch2a.weight": False,
+                    "bn7.weight": True, "bn7.running_mean": True}, same
+
+
 @chain
 def ceiling(folder, get):
     make_toy(folder / DATA, train=4, test=1, classes=2, size=48)
-    run(folder, "train_deeplab.py", "--mask_dir", "gt", *SMALL, "--crop_size", 65)
+    run(folder, "train_deeplab.py", "--mask_dir", "gt", "--head", "mctformer", *SMALL, "--crop_size", 65)
     return folder
 
 
 def test_deeplab_trains_on_ground_truth_with_no_earlier_step(ceiling):
     payload = checkpoint(ceiling / "output/deeplab_resnet18/model_best.pth.tar")
     assert payload["options"]["mask_dir"] == "gt", payload["options"]["mask_dir"]
+
+
+def test_a_head_brings_its_published_training_settings(ceiling):
+    payload = checkpoint(ceiling / "output/deeplab_resnet18/model_best.pth.tar")
+    expected = {"head": "mctformer", "lr": 0.0007, "momentum": 0.0, "weight_decay": 0.0, "batch_size": 4}
+    settings = {name: payload["options"][name] for name in expected}
+    assert settings == expected, settings
+    assert payload["networks"]["deeplab"]["head"] == "mctformer"
 
 
 @chain

@@ -1,12 +1,15 @@
-"""Initial weights: torchvision's names, our own checkpoints, what is reported, and every file that is refused."""
+"""Files of weights: what they are, what is loaded and reported, export and back, and every file that is refused."""
+import numpy as np
 import pytest
 import torch
 import torchvision
+from test_mxnet_params import file_bytes
 
-from models.build import build_network, pack
+from models.build import build_network, pack, unpack
+from models.published import EXPORTS, from_mxnet
 from models.trunk import build_trunk
-from models.weights import load_pretrained
-from utils.checkpoint import save_checkpoint
+from models.weights import Weights, describe, export, load_model, load_pretrained, main, open_weights
+from utils.checkpoint import load_checkpoint, save_checkpoint, save_tensors
 from utils.errors import UserError
 
 
@@ -39,7 +42,8 @@ def test_a_published_state_dict_loads_and_its_classifier_is_ignored(tmp_path, pu
     different = [name for name, tensor in trunk.state_dict().items() if not torch.equal(tensor, published[name])]
     assert not different, f"{len(different)} tensors were not loaded: {different[:3]}"
     assert loaded == {name.rsplit(".", 1)[0] for name in trunk.state_dict()}, len(loaded)
-    assert f"{len(trunk.state_dict())} tensors from" in line and "2 ignored: fc" in line and "random" not in line, line
+    assert "torchvision ResNet-18, into resnet18" in line and "random" not in line, line
+    assert f"{len(trunk.state_dict())} loaded: bn1, conv1, layer1" in line and "2 ignored: fc" in line, line
 
 
 def test_half_precision_and_a_missing_layer4_load_and_are_reported(tmp_path, published, trunk):
@@ -53,7 +57,7 @@ def test_half_precision_and_a_missing_layer4_load_and_are_reported(tmp_path, pub
         assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), name
     assert "layer3.1.bn2" in loaded and not [name for name in loaded if name.startswith("layer4")]
     random = [name for name in fresh if name.startswith("layer4") and not name.endswith("num_batches_tracked")]
-    assert f"{len(random)} stay random: layer4" in line and "ignored" not in line, line
+    assert f"{len(random)} missing, stay random: layer4" in line and "ignored" not in line, line
 
 
 def test_a_layer_that_was_not_loaded_learns_its_statistics(tmp_path, published):
@@ -76,41 +80,49 @@ def test_none_loads_nothing_and_says_so(trunk):
 @pytest.mark.parametrize("kind", ["classifier", "affinity", "deeplab"])
 def test_our_own_checkpoint_serves_as_initial_weights(tmp_path, trunk, kind):
     network = build_network(kind, "resnet18", classes=3)
-    record = pack(kind, network, "resnet18", 1.0, 16, 3)
+    record = pack(network, kind=kind, backbone="resnet18", classes=3)
     save_checkpoint(tmp_path / "c.pth.tar", {"step": "any", "networks": {kind: record}})
     loaded, line = load_pretrained(trunk, "resnet18", str(tmp_path / "c.pth.tar"))
     own = network.trunk.state_dict()
     assert all(torch.equal(tensor, own[name]) for name, tensor in trunk.state_dict().items())
-    assert len(loaded) > 30 and "random" not in line and "ignored" not in line, line
+    assert len(loaded) > 30 and "checkpoint of this project" in line and "random" not in line, line
 
 
 def test_a_checkpoint_without_our_trunk_is_refused(tmp_path, trunk):
     network = build_network("classifier", "resnet38", width=0.125, classes=2)
-    record = pack("classifier", network, "resnet38", 0.125, 8, 2)
+    record = pack(network, kind="classifier", backbone="resnet38", width=0.125, classes=2)
     save_checkpoint(tmp_path / "c.pth.tar", {"step": "stage1", "networks": {"classifier": record}})
     text = refusal(trunk, "resnet18", tmp_path / "c.pth.tar")
-    assert "holds no tensor of resnet18" in text and "--backbone" in text, text
+    assert "holds weights of resnet38" in text and "pass --backbone resnet38" in text, text
 
 
 @pytest.mark.parametrize("content", [{}, {"encoder.weight": torch.ones(2)}])
-def test_a_file_without_a_fitting_tensor_is_refused(tmp_path, trunk, content):
+def test_a_file_of_unknown_names_is_refused_with_what_is_known(tmp_path, trunk, content):
     torch.save(content, tmp_path / "w.pth")
     text = refusal(trunk, "resnet18", tmp_path / "w.pth")
-    assert f"holds no tensor of resnet18 ({len(content)} others" in text and "pass another --pretrained" in text, text
+    assert f"none of the known files of weights ({len(content)} tensors" in text and "PSA ResNet38" in text, text
 
 
-@pytest.mark.parametrize("content", [[torch.ones(2)], {"state_dict": {"conv1.weight": torch.ones(2)}}, torch.ones(2)])
+@pytest.mark.parametrize("content", [[torch.ones(2)], {"state_dict": [1]}, {"epoch": 3}, torch.ones(2)])
 def test_a_file_that_is_no_dict_of_tensors_is_refused(tmp_path, trunk, content):
     torch.save(content, tmp_path / "w.pth")
     text = refusal(trunk, "resnet18", tmp_path / "w.pth")
-    assert "is not a dict of tensors" in text and "torchvision's names" in text, text
+    assert "is not a dict of tensors" in text and "pass a state dict" in text, text
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict"])
+def test_weights_are_found_where_training_code_puts_them(tmp_path, published, trunk, key):
+    parallel = {f"module.{name}": tensor for name, tensor in published.items()}
+    torch.save({key: parallel, "epoch": 3}, tmp_path / "w.pth")
+    load_pretrained(trunk, "resnet18", str(tmp_path / "w.pth"))
+    assert torch.equal(trunk.conv1.weight, published["conv1.weight"])
 
 
 def test_another_shape_is_refused_with_the_tensors_name(tmp_path, published, trunk):
     torch.save({**published, "layer2.0.conv1.weight": torch.ones(4, 4, 1, 1)}, tmp_path / "w.pth")
     text = refusal(trunk, "resnet18", tmp_path / "w.pth")
-    assert "layer2.0.conv1.weight is (4, 4, 1, 1), but resnet18 has (128, 64, 3, 3)" in text, text
-    assert "pass the weights of this backbone and width" in text, text
+    assert "layer2.0.conv1.weight is (4, 4, 1, 1), but the network has (128, 64, 3, 3)" in text, text
+    assert "pass weights of this backbone and width" in text, text
 
 
 class Trap:
@@ -162,3 +174,205 @@ def test_imagenet_weights_are_torchvisions_first_version(monkeypatch, published,
     load_pretrained(trunk, "resnet18", "imagenet")
     assert asked == [torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url], asked
     assert torch.equal(trunk.conv1.weight, published["conv1.weight"])
+
+
+# --- published files and export -------------------------------------------------------------------------------------
+
+NETWORKS = {  # family -> how to build networks that it names
+    "psa classifier": {"kind": "classifier", "backbone": "resnet38", "width": 0.125, "output_stride": 8, "classes": 3},
+    "psa affinity": {"kind": "affinity", "backbone": "resnet38", "width": 0.125, "output_stride": 8, "classes": 0},
+    "seamv1 deeplab": {"kind": "deeplab", "backbone": "resnet38", "width": 0.125, "output_stride": 8, "classes": 3},
+    "mctformer deeplab": {"kind": "deeplab", "backbone": "resnet38", "width": 0.125, "output_stride": 8, "classes": 3,
+                          "head": "mctformer"},
+    "irn classifier": {"kind": "classifier", "backbone": "resnet50", "output_stride": 16, "dilated": False,
+                       "classes": 3},
+}
+TITLES = {"psa classifier": "PSA ResNet38 classifier", "psa affinity": "PSA ResNet38 AffinityNet",
+          "seamv1 deeplab": "DeepLabV1-ResNet38 with the seamv1 head", "irn classifier": "IRN ResNet-50 CAM classifier",
+          "mctformer deeplab": "DeepLabV1-ResNet38 with MCTformer's head"}
+
+
+def checkpoint(path, *hows):
+    """A checkpoint of ours with networks of random weights and statistics."""
+    records = {}
+    for how in hows:
+        network = build_network(**how)
+        for name, buffer in network.named_buffers():
+            if "running" in name:
+                buffer.uniform_(0.5, 2)
+        records[how["kind"]] = pack(network, **how)
+    save_checkpoint(path, {"step": "stage1", "classes": ["a", "b", "c"], "options": {}, "networks": records})
+    return str(path)
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_export_and_import_give_the_same_bits(tmp_path, capsys, case):
+    family, kind = case.split()
+    ours, out = checkpoint(tmp_path / "ours.pth.tar", NETWORKS[case]), str(tmp_path / "theirs.pth")
+    assert main([ours, "--export", family, out]) == 0
+    assert f"under {family}'s names" in capsys.readouterr().out
+    assert describe(open_weights(out)).startswith(f"{out}: {TITLES[case]}"), describe(open_weights(out))
+    before, after = (load_model(path, None)["networks"][kind] for path in (ours, out))
+    assert {name: after[name] for name in NETWORKS[case]} == NETWORKS[case], f"built as {list(after.items())[:6]}"
+    different = [name for name, tensor in before["state"].items() if not torch.equal(tensor, after["state"][name])]
+    assert not different, f"{len(different)} tensors differ: {different[:3]}"
+    assert not unpack(after).training
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50", "resnet101"])
+def test_every_torchvision_resnet_is_told_and_a_trunk_exports_to_its_names(tmp_path, backbone):
+    how = {"kind": "affinity", "backbone": backbone}
+    network = build_network(**how)
+    state, left = export(Weights("x", "ours", {"affinity": pack(network, **how)}), "torchvision")
+    assert {name.split(".")[0] for name in left} == {"heads", "fuse"}, left
+    other = getattr(torchvision.models, backbone)(weights=None)
+    result = other.load_state_dict(state, strict=False)
+    assert result.missing_keys == ["fc.weight", "fc.bias"] and not result.unexpected_keys, result
+    save_tensors(tmp_path / "w.pth", other.state_dict())
+    weights = open_weights(tmp_path / "w.pth")
+    assert weights.title == f"torchvision ResNet-{backbone[6:]}" and weights.ignored == ["fc.weight", "fc.bias"]
+
+
+def test_irns_file_holds_its_trunk_under_all_of_its_names(tmp_path):
+    path = checkpoint(tmp_path / "c.pth.tar", NETWORKS["irn classifier"])
+    state, left = export(open_weights(path), "irn")
+    assert len(state) == 956, f"{len(state)} tensors, IRN's network has 956"
+    for names in (("resnet50.layer2.0.conv1.weight", "stage2.0.0.conv1.weight", "backbone.1.0.0.conv1.weight"),
+                  ("resnet50.bn1.running_var", "stage1.1.running_var", "backbone.0.1.running_var"),
+                  ("classifier.weight", "newly_added.0.weight")):
+        assert len({state[name].data_ptr() for name in names}) == 1, names
+    assert all(name.startswith("common.") for name in left), left
+
+
+def test_a_seam_classifier_loses_its_background_row_and_its_own_heads(tmp_path):
+    path = checkpoint(tmp_path / "c.pth.tar", NETWORKS["psa classifier"])
+    state, _ = export(open_weights(path), "psa")
+    extra = {"f8_3.weight": torch.zeros(2), "f8_4.weight": torch.zeros(2), "f9.weight": torch.zeros(2)}
+    with_background = torch.cat([torch.ones_like(state["fc8.weight"][:1]), state["fc8.weight"]])
+    save_tensors(tmp_path / "seam.pth", {**state, **extra, "fc8.weight": with_background})
+    weights = open_weights(tmp_path / "seam.pth")
+    assert weights.title == "SEAM ResNet38 classifier" and sorted(weights.ignored) == sorted(extra), weights.ignored
+    record = load_model(tmp_path / "seam.pth", ("stage1",))["networks"]["classifier"]
+    assert record["classes"] == 3, record["classes"]
+    assert torch.equal(record["state"]["head.weight"], state["fc8.weight"])
+
+
+MXNET = {
+    "arg:conv1a_weight": "conv1a.weight",
+    "arg:res2a_branch2a_weight": "b2.conv_branch2a.weight",
+    "arg:res4b5_branch2b1_weight": "b4_5.conv_branch2b1.weight",
+    "arg:res6a_branch2b2_weight": "b6.conv_branch2b2.weight",
+    "arg:res7a_branch1_weight": "b7.conv_branch1.weight",
+    "arg:bn3b2_branch2a_gamma": "b3_2.bn_branch2a.weight",
+    "arg:bn5a_branch2b1_beta": "b5.bn_branch2b1.bias",
+    "aux:bn6a_branch2b2_moving_mean": "b6.bn_branch2b2.running_mean",
+    "arg:bn7_gamma": "bn7.weight",
+    "aux:bn7_moving_var": "bn7.running_var",
+    "arg:linear1000_weight": "linear1000_weight",
+    "arg:res9a_branch2a_weight": "res9a_branch2a_weight",
+}
+
+
+@pytest.mark.parametrize("theirs", MXNET)
+def test_mxnet_names_become_psas(theirs):
+    assert from_mxnet(theirs) == MXNET[theirs]
+
+
+def mxnet_name(name):
+    """The inverse of `from_mxnet`, written for this test: the names in ademxapp's symbols."""
+    *block, layer, tensor = name.split(".")
+    word = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_var"}[tensor]
+    stem = (block[0][1] + (f"b{block[0][3]}" if "_" in block[0] else "a") + "_" + layer.split("_")[1]) if block else "7"
+    if layer.startswith("conv"):
+        return f"arg:res{stem}_weight" if block else "arg:conv1a_weight"
+    return f"{'aux' if 'running' in tensor else 'arg'}:bn{stem}_{word}"
+
+
+def test_a_params_file_fills_every_tensor_of_the_resnet38(tmp_path):
+    torch.manual_seed(0)
+    source, trunk = build_trunk("resnet38", width=0.125), build_trunk("resnet38", width=0.125)
+    arrays = {mxnet_name(name): tensor.numpy() for name, tensor in source.state_dict().items()
+              if not name.endswith("num_batches_tracked")}
+    arrays |= {"arg:linear1000_weight": np.zeros((5, 4), np.float32), "arg:linear1000_bias": np.zeros(5, np.float32)}
+    (tmp_path / "a1.params").write_bytes(file_bytes(arrays, "legacy"))
+    loaded, table = load_pretrained(trunk, "resnet38", str(tmp_path / "a1.params"))
+    assert "as MXNet .params" in table and "random" not in table and "2 ignored" in table, table
+    expected = source.state_dict()
+    different = [name for name, tensor in trunk.state_dict().items() if not torch.equal(tensor, expected[name])]
+    assert not different, f"{len(different)} tensors differ: {different[:3]}"
+    assert {"conv1a", "b7.bn_branch2b2", "bn7"} <= loaded
+
+
+def test_a_trunk_alone_is_no_model_and_the_way_to_use_it_is_told(tmp_path, published):
+    torch.save(published, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="torchvision ResNet-18, no trained network; pass it as --pretrained"):
+        load_model(tmp_path / "w.pth", ("stage1",))
+
+
+def test_a_published_model_of_another_step_is_refused_with_what_it_is(tmp_path):
+    path = checkpoint(tmp_path / "c.pth.tar", NETWORKS["seamv1 deeplab"])
+    save_tensors(tmp_path / "d.pth", export(open_weights(path), "seamv1")[0])
+    with pytest.raises(UserError, match="seamv1 head. comes from deeplab, but a checkpoint of stage1 is needed"):
+        load_model(tmp_path / "d.pth", ("stage1",))
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda state: state.pop("b5_1.conv_branch2a.weight"), "lacks 1 tensors of its network, such as trunk.b5_1.conv"),
+    (lambda state: state.update({"b5.conv_branch1.weight": torch.ones(1)}), "trunk.b5.conv_branch1.weight is (1,)"),
+    (lambda state: state.update({"fc8.weight": torch.zeros(())}), "head.weight is ()"),
+])
+def test_a_published_model_that_is_incomplete_or_misshapen_is_refused(tmp_path, spoil, words):
+    state, _ = export(open_weights(checkpoint(tmp_path / "c.pth.tar", NETWORKS["psa classifier"])), "psa")
+    spoil(state)
+    save_tensors(tmp_path / "p.pth", state)
+    with pytest.raises(UserError) as caught:
+        load_model(tmp_path / "p.pth", None)
+    assert words in str(caught.value) and "p.pth" in str(caught.value), f"{caught.value}"
+
+
+def test_half_precision_and_missing_counters_are_made_good(tmp_path):
+    state, _ = export(open_weights(checkpoint(tmp_path / "c.pth.tar", NETWORKS["psa affinity"])), "psa")
+    old = {name: tensor.half() for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    save_tensors(tmp_path / "p.pth", old)
+    record = load_model(tmp_path / "p.pth", None)["networks"]["affinity"]
+    assert record["state"]["fuse.weight"].dtype == torch.float32
+    assert record["state"]["trunk.bn7.num_batches_tracked"].dtype == torch.int64
+    unpack(record)
+
+
+def test_a_checkpoint_of_two_networks_tells_both_and_exports_the_one_asked_for(tmp_path):
+    path = checkpoint(tmp_path / "c.pth.tar", NETWORKS["psa affinity"], NETWORKS["psa classifier"])
+    text = describe(open_weights(path))
+    for part in ("checkpoint of this project, stage1", "affinity on resnet38, width 0.125:", "3 classes",
+                 "classes: a, b, c"):
+        assert part in text, f"{part!r} not in {text}"
+    assert "f9.weight" in export(open_weights(path), "psa")[0]
+    assert "fc8.weight" in export(open_weights(path), "psa", "classifier")[0]
+    with pytest.raises(UserError, match="holds no deeplab; it holds affinity, classifier"):
+        export(open_weights(path), "psa", "deeplab")
+
+
+@pytest.mark.parametrize("case, family", [("psa classifier", "torchvision"), ("seamv1 deeplab", "mctformer"),
+                                          ("psa affinity", "irn"), ("mctformer deeplab", "psa")])
+def test_an_export_to_names_the_network_does_not_have_is_refused(tmp_path, case, family):
+    weights = open_weights(checkpoint(tmp_path / "c.pth.tar", NETWORKS[case]))
+    with pytest.raises(UserError, match=f"no file of {family} .* it can be exported as: {case.split()[0]}"):
+        export(weights, family)
+
+
+def test_a_dilated_resnet50_is_not_exported_as_irns(tmp_path):
+    how = {"kind": "classifier", "backbone": "resnet50", "classes": 3}
+    weights = open_weights(checkpoint(tmp_path / "c.pth.tar", how))
+    with pytest.raises(UserError, match="built like this one; it can be exported as: torchvision"):
+        export(weights, "irn")
+
+
+def test_an_export_overwrites_nothing_and_unknown_names_are_refused(tmp_path, capsys):
+    path = checkpoint(tmp_path / "c.pth.tar", NETWORKS["psa affinity"])
+    with pytest.raises(UserError, match="is there already"):
+        main([path, "--export", "psa", path])
+    assert load_checkpoint(path)["step"] == "stage1"
+    with pytest.raises(SystemExit) as caught:
+        main([path, "--export", "caffe", str(tmp_path / "new.pth")])
+    assert caught.value.code == 2 and ", ".join(EXPORTS) in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c.pth.tar"]

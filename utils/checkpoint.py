@@ -12,11 +12,21 @@ FORMAT = "wsss-checkpoint-1"
 
 
 def save_checkpoint(path, payload):
-    """Write a dict of plain types and tensors to `path`; a reader sees the old file or the new one, never a part."""
+    """Write a checkpoint of ours: a dict of plain types and tensors."""
+    save_tensors(path, {"format": FORMAT, **payload})
+
+
+def save_tensors(path, value):
+    """Write tensors and plain types to `path`; a reader sees the old file or the new one, never a part."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        torch.save({"format": FORMAT, **payload}, file)
+        torch.save(value, file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def is_checkpoint(value):
+    """Whether what `read_tensors` read is a checkpoint of ours."""
+    return isinstance(value, dict) and value.get("format") == FORMAT
 
 
 def load_checkpoint(path, steps=None):
@@ -26,12 +36,17 @@ def load_checkpoint(path, steps=None):
     Raises UserError if the file is missing, damaged, holds more than tensors and plain types, or is of another step.
     """
     payload = read_tensors(path)
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+    if not is_checkpoint(payload):
         raise UserError(f"{path} is not a checkpoint of this project; pass one from output/ with --model_path")
+    check_step(payload, steps, path)
+    return payload
+
+
+def check_step(payload, steps, path):
+    """UserError unless a checkpoint comes from one of `steps` (None: any)."""
     if steps is not None and payload["step"] not in steps:
         raise UserError(f"{path} comes from {payload['step']}, but a checkpoint of {' or '.join(steps)} is needed; "
                         f"pass another with --model_path")
-    return payload
 
 
 def read_tensors(path):
@@ -39,7 +54,7 @@ def read_tensors(path):
     if not Path(path).is_file():
         raise UserError(f"no checkpoint {path}; run the step that writes it, or pass its path")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        value = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} is damaged, or holds Python objects besides tensors and is refused, as loading it "
                         "could run code; pass a checkpoint of plain tensors") from None
@@ -47,3 +62,16 @@ def read_tensors(path):
         reason = (str(error).splitlines() or ["no data"])[0]
         raise UserError(f"cannot read checkpoint {path} ({type(error).__name__}: {reason}); it is damaged or foreign: "
                         "make or fetch it again") from None
+    _check_extent(value, path)
+    return value
+
+
+def _check_extent(value, path):
+    """UserError if a tensor claims more elements than the file holds for it: a copy of it would fill the memory."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"{path} holds a tensor of shape {tuple(value.shape)} but not as many values; it is "
+                            "damaged or made to harm: fetch it again from where you trust it")
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_extent(item, path)

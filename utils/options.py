@@ -44,7 +44,9 @@ FLAGS = {
                      choices=("resnet18", "resnet34", "resnet50", "resnet101", "resnet38")),
     "width": Flag(positive, "channel multiplier of resnet38", 1.0),
     "output_stride": Flag(int, "pixels per cell of the trunk's last map", 16, choices=(8, 16)),
-    "pretrained": Flag(str, "initial weights of the trunk: imagenet, none, or a checkpoint file"),
+    "dilated": Flag(bool, "dilate a ResNet's layers whose stride was taken out (IRN does not)", True),
+    "pretrained": Flag(str, "initial weights of the trunk: imagenet, none, or a file (python -m models.weights FILE "
+                            "says which part it would fill)"),
     "bn": Flag(str, "batch normalisation: frozen, train, or auto = frozen where its statistics were loaded, else train",
                "auto", choices=("auto", "frozen", "train")),
     "freeze": Flag(natural, "how many of the trunk's first blocks stay as loaded (block 1 is the stem; 0 with "
@@ -59,17 +61,23 @@ FLAGS = {
     "momentum": Flag(share, "SGD momentum", 0.9),
     "weight_decay": Flag(weight, "SGD weight decay, of weights only (not of biases and batch normalisation)", 1e-4),
     "crop_size": Flag(side, "side of the square training crop in pixels, rounded to 16k + 1", 448),
+    "long_side": Flag(side, "range from which a training image's long side is drawn, in pixels; left out: 5/8 to 5/4 "
+                            "of the crop", nargs=2, metavar=("MIN", "MAX")),
     "max_size": Flag(side, "images with a longer side, in pixels, are scaled down to it for the networks and the CRF",
                      512),
     "val_fraction": Flag(_number(float, 0, 0.5), "share of the training images held out to choose model_best "
                                                  "(by labels or pseudo-labels, never by ground-truth masks)", 0.1),
     "scales": Flag(positive, "image scales whose maps are averaged", (0.5, 1.0, 1.5), nargs="+"),
     "flip": Flag(bool, "average with the mirrored image", True),
+    "merge": Flag(str, "how the scales are merged: mean of the logits, or max of the softmax", "mean",
+                  choices=("mean", "max")),
     "labels": Flag(str, "image labels that gate the maps: gt (known) or predicted by the classifier",
                    choices=("gt", "predicted")),
     "cam_dir": Flag(str, "folder of CAMs", "data/cams"),
+    "head": Flag(str, "DeepLab's head: of SEAM's segmentation code, which AVC uses, or of MCTformer's", "seamv1",
+                 choices=("seamv1", "mctformer")),
     "mask_dir": Flag(str, "folder of masks (PNG)"),
-    "model_path": Flag(str, "checkpoint to start from"),
+    "model_path": Flag(str, "checkpoint to start from, ours or a published one"),
     "output_dir": Flag(str, "folder for the results"),
     "crf": Flag(bool, "refine with a dense CRF", True),
     "crf_preset": Flag(str, "parameters of the dense CRF", "psa", choices=("psa", "irn", "seamv1", "mctformer", "avc")),
@@ -94,9 +102,19 @@ DATA = ("dataset", "data_root", "split", "ids", "limit")
 MACHINE = ("device", "precision", "workers", "seed", "dry_run")
 TRAINING = ("batch_size", "epochs", "lr", "head_lr", "momentum", "weight_decay", "crop_size", "max_size",
             "val_fraction", "bn", "freeze", "resume", "tensorboard")
-TRUNK = ("backbone", "width", "output_stride", "pretrained")
+NETWORK = ("backbone", "width", "output_stride", "dilated")
+TRUNK = (*NETWORK, "pretrained")
 MAPS = ("scales", "flip", "labels")
 WALK = ("bg_alpha", "bg_threshold", "beta", "walk_steps", "radius")
+
+# What each of DeepLab's heads was published with (recipes: SEAM's segmentation code; MCTformer, whose optimiser has in
+# effect neither momentum nor weight decay). Defaults of steps 5 and 6.
+DEEPLAB_TRAINING = {
+    "seamv1": {"lr": 0.001, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 10, "epochs": 20, "crop_size": 448},
+    "mctformer": {"lr": 0.0007, "momentum": 0.0, "weight_decay": 0.0, "batch_size": 4, "epochs": 30, "crop_size": 321}}
+DEEPLAB_TEST = {
+    "seamv1": {"scales": (0.5, 0.75, 1.0, 1.25, 1.5), "flip": True, "merge": "mean", "crf_preset": "seamv1"},
+    "mctformer": {"scales": (0.5, 0.75, 1.0, 1.25, 1.5), "flip": False, "merge": "max", "crf_preset": "mctformer"}}
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,6 +139,12 @@ class Parser(argparse.ArgumentParser):
         else:
             keywords.update(type=flag.type, choices=flag.choices, nargs=flag.nargs, metavar=flag.metavar)
         self.add_argument(f"--{name}", **keywords)
+
+    def add_recipes(self, recipes):
+        """Defaults that depend on --head, shown below the flags and settled by `settle_recipe`."""
+        lines = [f"  {head}: " + "  ".join(f"{name} {_shown(value)}" for name, value in recipe.items())
+                 for head, recipe in recipes.items()]
+        self.epilog = "\n".join(["defaults by DeepLab's head:", *lines])
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")

@@ -86,8 +86,8 @@ def _place(image, target, crop, rng):
 def cutmix(images, labels):
     """Each image gets a rectangle of the one before it in the batch, and that share of its labels.
 
-    CutMix (Yun et al., ICCV 2019); the first image takes from the last. A class can then no longer be told by the absence
-    of the others, and its map stays where its evidence is.
+    CutMix (Yun et al., ICCV 2019); the first image takes from the last. A class can then no longer be told by the
+    absence of the others, and its map stays where its evidence is.
     images: (B, 3, H, W).  labels: (B, K) in [0, 1].  Draws from torch's global generator.
     Returns (images, labels float32), both new; the share is uniform in [0, 1], the rectangle shaped like the image.
     """
