@@ -127,7 +127,7 @@ from utils.runtime import run_main
 from utils.parallel import map_parallel
 
 def wait(item):
-    print("working", os.getpid(), flush=True)
+    os.write(1, b"working %d\\n" % os.getpid())  # in one piece: both workers write to the same pipe
     time.sleep(60)
 
 def main():
@@ -138,13 +138,18 @@ if __name__ == "__main__":
 """
 
 
+def heed_ctrl_c():
+    """Undo what a shell does to jobs it starts in the background, the tests perhaps among them: they ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def start_waiting(folder):
     """Start a script of its own process group whose two workers sleep; return it and their process ids."""
     script = folder / "waiting.py"
     script.write_text(SCRIPT.format(root=str(ROOT)))
     process = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=heed_ctrl_c)
     return process, [int(process.stdout.readline().split()[1]) for _ in range(2)]
 
 
