@@ -194,11 +194,11 @@ def run_stage2(dataset, classifier, options, device):
     classifier: the stage-1 checkpoint that made them; it goes into this stage's checkpoint too.
     """
     record = classifier["networks"]["classifier"]
-    labels = _affinity_labels(dataset, options)
     torch.manual_seed(options["seed"])
     how = network_options("affinity", options)
     network = build_network(**how)
-    initialise(network, options)
+    initialise(network, options)  # first, as it may refuse --pretrained, and the labels take minutes
+    labels = _affinity_labels(dataset, options)
     learn, held = split_holdout(dataset, options["val_fraction"], options["seed"])
     learning = dataset.subset(learn)
     augmentation = Augmentation(rounded_crop(options), max_size=options["max_size"])

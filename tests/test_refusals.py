@@ -206,6 +206,13 @@ def another_backbone_than_the_checkpoints(folder):
             "resnet50", "--output_dir", "output/new", *MACHINE)
 
 
+@refusal("other.pth", "holds weights of resnet50", "pass --backbone resnet50")
+def weights_of_another_backbone_before_labels_are_made(folder):
+    save_tensors(folder / "other.pth", build_network("deeplab", "resnet50", classes=1).trunk.state_dict())
+    return ("run_train.py", "--stage", 2, "--pretrained", "other.pth", "--alpha_low", 3, "--output_dir", "output/new",
+            *MACHINE)
+
+
 @refusal("no output/inference/manifest.json", "run: python run_inference.py")
 def masks_never_made(folder):
     shutil.rmtree(folder / "output" / "inference")
