@@ -69,7 +69,7 @@ def translate(state, path, note=""):
     if layout is None:
         raise UserError(f"{path} is none of the known files of weights ({len(state)} tensors, such as "
                         f"{next(iter(state), 'none')}); pass one of these: "
-                        f"{', '.join(layout.title for layout in LAYOUTS)}, MXNet's .params, a checkpoint of this project")
+                        f"{', '.join(layout.title for layout in LAYOUTS)}, MXNet's .params, one of this project")
     record, ignored = {"kind": layout.kind, "backbone": layout.backbone, **dict(layout.options), "state": {}}, []
     for name, tensor in state.items():
         ours = layout.ours(name)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from models.affinitynet import affinity_stencil
 from models.build import unpack
+from models.fuse import for_inference
 from models.weights import load_model
 from src import masks
 from src.engine import autocast
@@ -135,7 +136,7 @@ def make_cams(record, dataset, folder, options, device):
     folder.begin()
     pending = folder.pending(dataset)
     if pending.ids:
-        classifier = unpack(record).to(device, memory_format=torch.channels_last)
+        classifier = for_inference(unpack(record), device)
         images = WholeImages(pending, options["scales"], options["max_size"], classifier.trunk.stride)
         for item in progress(whole_image_loader(images, options["workers"], device), "CAM", len(pending)):
             index = item["index"]
@@ -174,7 +175,7 @@ def make_walks(record, dataset, cams, folder, options, device):
     folder.begin()
     pending = folder.pending(dataset)
     if pending.ids:
-        affinity_net = unpack(record).to(device, memory_format=torch.channels_last)
+        affinity_net = for_inference(unpack(record), device)
         offsets = half_disc(options["radius"])
         images = WholeImages(pending, (1.0,), options["max_size"], WALK_STRIDE)
         for item in progress(whole_image_loader(images, options["workers"], device), "random walk", len(pending)):
@@ -259,7 +260,7 @@ def open_checkpoint(path, default, cam_dir, steps=("stage2",)):
 
 def save_walks(payload, dataset, cams, folder, options, device, count=8):
     """Animate the propagation of up to `count` images: one GIF each, frames at doubling numbers of steps."""
-    affinity_net = unpack(payload["networks"]["affinity"]).to(device, memory_format=torch.channels_last)
+    affinity_net = for_inference(unpack(payload["networks"]["affinity"]), device)
     images = WholeImages(dataset.subset(range(min(count, len(dataset)))), (1.0,), options["max_size"], WALK_STRIDE)
     for item in whole_image_loader(images, 0, device):
         keys, cam, _ = load_cam(cams.path, dataset.ids[item["index"]])
@@ -284,7 +285,7 @@ def save_walk(path, affinity_net, view, keys, cam, image, options, device):
 
 def run_images(payload, paths, options, device):
     """Masks and overlays of image files; labels are predicted."""
-    networks = {name: unpack(payload["networks"][name]).to(device, memory_format=torch.channels_last)
+    networks = {name: for_inference(unpack(payload["networks"][name]), device)
                 for name in ("classifier", "affinity")}
     out = Path(options["output_dir"])
     for file in progress(paths, "masks"):

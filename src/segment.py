@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from models.build import build_network, pack, unpack
 from models.deeplab import segmentation_loss
+from models.fuse import for_inference
 from src import engine, masks
 from src.eval import Stage, evaluate
 from src.inference import label_keys, record_hash, save_scores
@@ -136,7 +137,7 @@ def make_scores(record, dataset, folder, options, device):
     folder.begin()
     pending = folder.pending(dataset)
     if pending.ids:
-        network = unpack(record).to(device, memory_format=torch.channels_last)
+        network = for_inference(unpack(record), device)
         images = WholeImages(pending, options["scales"], options["max_size"], network.trunk.stride)
         for item in progress(whole_image_loader(images, options["workers"], device), "DeepLab", len(pending)):
             index = item["index"]
