@@ -33,7 +33,7 @@ STEPS = [
 def deeplab_steps(name, mask_dir):
     """Train and test DeepLab on one kind of masks, both kinds with the same settings."""
     train = ["train_deeplab.py", *TOY, *SMALL, "--mask_dir", mask_dir, "--epochs", "8", "--lr", "0.004",
-             "--output_stride", "16", "--pretrained", f"{DEMO}/stage1/model_best.pth.tar",
+             "--weight_decay", "0.0001", "--output_stride", "16", "--pretrained", f"{DEMO}/stage1/model_best.pth.tar",
              "--output_dir", f"{DEMO}/{name}"]
     test = ["test_deeplab.py", "--model_path", f"{DEMO}/{name}/model_best.pth.tar", "--scales", "1.0",
             "--crf_preset", "psa", "--output_dir", f"{DEMO}/{name}_test"]
