@@ -1,9 +1,10 @@
-# make setup: the environment; make demo: the whole pipeline on toy data; make test: every test. CPU, no downloads but pip's.
+# make setup: the environment; make demo: the whole pipeline on toy data; make test: every test; make bench: the tests that
+# need a GPU, where there is one, and the speed measurements. CPU, no downloads but pip's.
 VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test bench clean
 
 setup: $(VENV)/installed
 
@@ -18,6 +19,10 @@ demo: setup
 
 test: setup
 	$(RUN) -m pytest
+
+bench: setup
+	$(RUN) -m pytest -m gpu -rs
+	$(RUN) -m benchmarks.deeplab
 
 clean:
 	rm -rf output data/toy data/cams
