@@ -58,7 +58,8 @@ def _state_dict(value, path):
     for key in WRAPPERS:
         if isinstance(value, dict) and isinstance(value.get(key), dict):
             value = value[key]
-    if not isinstance(value, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in value.values()):
+    if not isinstance(value, dict) or not all(isinstance(name, str) and isinstance(tensor, torch.Tensor)
+                                              for name, tensor in value.items()):
         raise UserError(f"{path} is not a dict of tensors; pass a state dict or a checkpoint of this project")
     return {name.removeprefix("module."): tensor for name, tensor in value.items()}
 
@@ -164,14 +165,13 @@ def as_checkpoint(weights):
     (kind, record), = weights.networks.items()
     if kind == "trunk":
         raise UserError(f"{weights.path} is a {weights.title}, no trained network; pass it as --pretrained")
-    complete = _complete(record, weights.path)
-    print(_table(f"{weights.path}: {weights.title}", record["state"], [], weights.ignored), file=sys.stderr)
+    complete = {**record, "state": _complete(record, weights)}
     return {"step": STEPS[kind], "options": {}, "classes": None, "networks": {kind: complete}}
 
 
-def _complete(record, path):
-    """A record with every tensor of its network, in float32; counters and the unfitted common object start at 0."""
-    own = outline(record).state_dict()
+def _complete(record, weights):
+    """Every tensor of a record's network, in float32; counters and the unfitted common object start at 0."""
+    own, path = outline(record).state_dict(), weights.path
     state = {name: tensor for name, tensor in record["state"].items() if name in own}
     missing = [name for name in own if name not in state]
     needed = [name for name in missing if not name.startswith("common.") and not name.endswith("num_batches_tracked")]
@@ -179,9 +179,10 @@ def _complete(record, path):
         raise UserError(f"{path} lacks {len(needed)} tensors of its network, such as {needed[0]}; it is incomplete: "
                         "fetch it again, or pass it as --pretrained")
     check_shapes(own, state, path)
-    state = {name: state[name].to(own[name].dtype) if name in state else torch.zeros_like(own[name], device="cpu")
-             for name in own}
-    return {**record, "state": state}
+    unknown = [name.removeprefix("trunk.") for name in record["state"] if name not in own]
+    print(_table(f"{path}: {weights.title}", state, [], unknown + weights.ignored), file=sys.stderr)
+    return {name: state[name].to(own[name].dtype) if name in state else torch.zeros_like(own[name], device="cpu")
+            for name in own}
 
 
 def describe(weights):

@@ -103,7 +103,8 @@ def test_a_file_of_unknown_names_is_refused_with_what_is_known(tmp_path, trunk, 
     assert f"none of the known files of weights ({len(content)} tensors" in text and "PSA ResNet38" in text, text
 
 
-@pytest.mark.parametrize("content", [[torch.ones(2)], {"state_dict": [1]}, {"epoch": 3}, torch.ones(2)])
+@pytest.mark.parametrize("content", [[torch.ones(2)], {"state_dict": [1]}, {"epoch": 3}, {3: torch.ones(2)},
+                                     torch.ones(2)])
 def test_a_file_that_is_no_dict_of_tensors_is_refused(tmp_path, trunk, content):
     torch.save(content, tmp_path / "w.pth")
     text = refusal(trunk, "resnet18", tmp_path / "w.pth")
@@ -328,6 +329,15 @@ def test_a_published_model_that_is_incomplete_or_misshapen_is_refused(tmp_path, 
     with pytest.raises(UserError) as caught:
         load_model(tmp_path / "p.pth", None)
     assert words in str(caught.value) and "p.pth" in str(caught.value), f"{caught.value}"
+
+
+def test_tensors_that_the_network_does_not_have_are_told_and_left_out(tmp_path, capsys):
+    state, _ = export(open_weights(checkpoint(tmp_path / "c.pth.tar", NETWORKS["psa classifier"])), "psa")
+    save_tensors(tmp_path / "p.pth", {**state, "fc9.weight": torch.ones(2)})
+    record = load_model(tmp_path / "p.pth", None)["networks"]["classifier"]
+    said = capsys.readouterr().err
+    assert "229 loaded: head, trunk" in said and "1 ignored: fc9" in said, said
+    assert "trunk.fc9.weight" not in record["state"]
 
 
 def test_half_precision_and_missing_counters_are_made_good(tmp_path):
