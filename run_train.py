@@ -32,7 +32,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = parser_for(argv)
     args = parser.parse_args(argv)
-    from models.weights import load_model
+    from models.weights import check_pretrained, load_model
     from src import train
     from src.inference import check_same_classifier, settle_classes
     from src.start import begin, default_labels, open_split
@@ -53,6 +53,7 @@ def main(argv=None):
                       args.model_path, INHERITED)
     else:
         flags.resolve(parser, args)
+    check_pretrained(args.pretrained, args.backbone, args.width)
     args.output_dir = args.output_dir or str(run_dir(f"stage{args.stage}", args.backbone))
     dataset = open_split(args)
     if args.stage == 1:

@@ -16,6 +16,7 @@ def main(argv=None):
     parser.add_recipes(flags.DEEPLAB_TRAINING)
     args = parser.parse_args(argv)
     parser.flags.update(flags.DEEPLAB_TRAINING[args.head or "seamv1"])
+    from models.weights import check_pretrained
     from src import segment
     from src.inference import check_classes
     from src.start import begin, open_split
@@ -27,6 +28,7 @@ def main(argv=None):
     else:
         manifest = read_manifest(args.mask_dir, "mask")
         flags.resolve(parser, args, manifest["options"], args.mask_dir, INHERITED)
+    check_pretrained(args.pretrained, args.backbone, args.width)
     args.output_dir = args.output_dir or str(run_dir("deeplab", args.backbone))
     dataset = open_split(args)
     if manifest is not None:

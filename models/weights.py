@@ -14,6 +14,7 @@ from torch.hub import load_state_dict_from_url
 
 from models.build import check_shapes, outline
 from models.published import EXPORTS, LAYOUTS, from_mxnet, identify
+from models.trunk import build_trunk
 from utils.checkpoint import check_step, is_checkpoint, read_tensors, save_tensors
 from utils.errors import UserError
 from utils.mxnet_params import is_params, read_params
@@ -105,21 +106,33 @@ def load_pretrained(trunk, backbone, source):
     if source == "none":
         return set(), f"{backbone} starts from random weights"
     weights = _imagenet(backbone) if source == "imagenet" else open_weights(source)
+    fitting, table = _match(weights, trunk.state_dict(), backbone)
+    trunk.load_state_dict(fitting, strict=False)
+    return {name.rsplit(".", 1)[0] for name in fitting}, table
+
+
+def check_pretrained(source, backbone, width=1.0):
+    """UserError if `load_pretrained` would refuse this file, found out before any work; downloads are not tried."""
+    if source not in (None, "none", "imagenet"):
+        with torch.device("meta"):
+            own = build_trunk(backbone, width=width).state_dict()
+        _match(open_weights(source), own, backbone)
+
+
+def _match(weights, own, backbone):
+    """(tensors of a file's trunk that a trunk with the tensors `own` has, table of loaded, missing and ignored)."""
     record = next(iter(weights.networks.values()))
     if record["backbone"] != backbone:
-        raise UserError(f"{source} holds weights of {record['backbone']} ({weights.title}), but the backbone is "
+        raise UserError(f"{weights.path} holds weights of {record['backbone']} ({weights.title}), but the backbone is "
                         f"{backbone}; pass --backbone {record['backbone']} or another --pretrained")
-    own = trunk.state_dict()
     state = {name.removeprefix("trunk."): tensor for name, tensor in record["state"].items()
              if name.startswith("trunk.")}
     unknown = [name for name in state if name not in own]
     fitting = {name: tensor for name, tensor in state.items() if name in own}
-    check_shapes(own, fitting, source)
-    trunk.load_state_dict(fitting, strict=False)
+    check_shapes(own, fitting, weights.path)
     ignored = unknown + [name for name in record["state"] if not name.startswith("trunk.")] + weights.ignored
     missing = [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]
-    table = _table(f"{source}: {weights.title}, into {backbone}", fitting, missing, ignored)
-    return {name.rsplit(".", 1)[0] for name in fitting}, table
+    return fitting, _table(f"{weights.path}: {weights.title}, into {backbone}", fitting, missing, ignored)
 
 
 def _imagenet(backbone):

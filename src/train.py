@@ -197,7 +197,7 @@ def run_stage2(dataset, classifier, options, device):
     torch.manual_seed(options["seed"])
     how = network_options("affinity", options)
     network = build_network(**how)
-    initialise(network, options)  # first, as it may refuse --pretrained, and the labels take minutes
+    initialise(network, options)
     labels = _affinity_labels(dataset, options)
     learn, held = split_holdout(dataset, options["val_fraction"], options["seed"])
     learning = dataset.subset(learn)

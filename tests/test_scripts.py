@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from script_runs import (DATA, MACHINE, ROOT, SMALL, STAGE2, chain, checkpoint, copy, files, fork, picture, read_json,
-                         run)
+from script_runs import (DATA, MACHINE, ROOT, SMALL, STAGE2, chain, checkpoint, copy, files, finish, fork, picture,
+                         read_json, run, start)
 
 from data.make_toy import make_toy
 from models.build import build_network, pack
@@ -533,6 +533,12 @@ def dry(folder, get):
                 ("train_deeplab.py",), ("test_deeplab.py",))
     before = files(home)
     return fork(folder, [(home, (*command, "--dry_run", *MACHINE)) for command in commands]), before, files(home)
+
+
+@pytest.mark.parametrize("script", [("run_train.py", "--stage", 1), ("train_deeplab.py", "--mask_dir", "gt")])
+def test_a_dry_run_finds_initial_weights_that_are_not_there(script, pipeline):
+    done = finish(start(pipeline.folder, *script, "--pretrained", "gone.params", "--dry_run"))
+    assert done.returncode == 1 and "no checkpoint gone.params" in done.stderr and "Dry run" not in done.stderr, done
 
 
 def test_a_dry_run_prints_the_options_and_writes_nothing(dry):
