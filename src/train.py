@@ -13,7 +13,7 @@ from models.weights import load_pretrained
 from src import engine, inference, masks
 from src.inference import WALK_STRIDE
 from utils.artifacts import Folder, read_manifest, write_json
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.loader import TrainingSamples, WholeImages, whole_image_loader
 from utils.log import environment, progress
@@ -119,10 +119,15 @@ def run_stage1(dataset, options, device):
 def adopt_classifier(payload, dataset, options, device):
     """Stage 1 without training: take a classifier as it is, ours or a published one, and write the split's CAMs.
 
-    It is copied to --output_dir, so that the CAMs' record points to a checkpoint of this project.
+    A published one is copied to --output_dir, so that the CAMs' record points to a checkpoint of this project.
+    Raises UserError if another classifier is there already.
     """
-    record, path = payload["networks"]["classifier"], Path(options["output_dir"]) / "model_best.pth.tar"
-    if path.resolve() != Path(options["model_path"]).resolve():
+    record, path = payload["networks"]["classifier"], Path(options["model_path"])
+    if not is_checkpoint(payload):
+        path = Path(options["output_dir"]) / "model_best.pth.tar"
+        if path.is_file() and inference.record_hash(load_checkpoint(path)["networks"]["classifier"]) != \
+                inference.record_hash(record):
+            raise UserError(f"{path} is there already, with another classifier; pass another --output_dir")
         save_checkpoint(path, {"step": "stage1", "options": options, "epoch": 0, "classes": payload["classes"],
                                "networks": {"classifier": record}})
         write_json(path.parent / "options.json", {"step": "stage1", "options": options, **environment(device)})

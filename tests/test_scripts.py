@@ -450,7 +450,14 @@ def foreign(folder, get):
     run(folder, "run_train.py", "--stage", 1, "--backbone", "resnet38", "--width", 0.125, "--pretrained", "again.pth",
         "--method", "cam", "--freeze", 2, "--bn", "frozen", "--long_side", 40, 60, "--epochs", 1, "--crop_size", 65,
         "--scales", 1, "--cam_dir", "trained_cams", "--output_dir", "trained", *MACHINE)
-    return SimpleNamespace(folder=folder, told=told, seed=seed, masks=masks, test=test)
+    adopted = "output/stage1_resnet38/model_best.pth.tar"
+    before = files(folder / "output")
+    run(folder, "run_train.py", "--stage", 1, "--model_path", adopted, "--split", "test", "--scales", 1, "--cam_dir",
+        "test_cams", *MACHINE)
+    _published(folder, "classifier", "psa", classes=2)  # of other random weights
+    other = finish(start(folder, "run_train.py", "--stage", 1, "--model_path", "classifier.pth", *MACHINE))
+    return SimpleNamespace(folder=folder, told=told, seed=seed, masks=masks, test=test, other=other,
+                           changed=set(files(folder / "output").items()) ^ set(before.items()))
 
 
 def test_a_file_of_weights_is_told_by_its_path(foreign):
@@ -463,10 +470,23 @@ def test_a_published_classifier_makes_the_cams_without_training(foreign):
     record = read_json(foreign.folder / "data/cams/manifest.json")
     assert record["complete"] and record["count"] == 4 and "PSA ResNet38 classifier" in foreign.seed.stderr, record
     adopted = checkpoint(foreign.folder / "output/stage1_resnet38/model_best.pth.tar")
-    published = torch.load(foreign.folder / "classifier.pth", weights_only=True)
+    published = torch.load(foreign.folder / "again.pth", weights_only=True)  # the first, which was exported again
     assert torch.equal(adopted["networks"]["classifier"]["state"]["head.weight"], published["fc8.weight"])
     assert adopted["options"]["backbone"] == "resnet38" and adopted["options"]["width"] == 0.125, adopted["options"]
     assert not (foreign.folder / "output/stage1_resnet38/log.jsonl").exists(), "it trained"
+
+
+def test_our_own_classifier_makes_the_cams_of_another_split_and_is_not_copied(foreign):
+    record = read_json(foreign.folder / "test_cams/manifest.json")
+    options = {name: record["options"][name] for name in ("labels", "model_path")}
+    assert options == {"labels": "predicted", "model_path": "output/stage1_resnet38/model_best.pth.tar"}, options
+    assert record["count"] == 1, record["count"]
+
+
+def test_a_published_classifier_does_not_replace_another(foreign):
+    said = foreign.other.stderr
+    assert foreign.other.returncode == 1 and "with another classifier; pass another --output_dir" in said, said
+    assert not foreign.changed, f"touched: {sorted(foreign.changed)}"
 
 
 def test_stage_2_goes_on_from_a_published_classifier(foreign):
