@@ -8,13 +8,11 @@ from utils.runtime import run_main
 
 NAMES = ("model_path", *flags.DATA, *flags.MAPS, "merge", "bg_threshold", "crf", "crf_preset", "max_size", "output_dir",
          *flags.MACHINE)
-DEFAULTS = {"output_dir": "output/deeplab_test"}
 INHERITED = ("dataset", "data_root", "max_size", "precision")
 
 
 def main(argv=None):
-    parser = flags.Parser(__doc__, NAMES, **DEFAULTS, **dict.fromkeys(flags.DEEPLAB_TEST["seamv1"]))
-    parser.add_recipes(flags.DEEPLAB_TEST)
+    parser = flags.Parser(__doc__, NAMES, flags.DEEPLAB_TEST, output_dir="output/deeplab_test")
     parser.add_argument("--save_overlays", action="store_true", help="also write the masks laid over the images")
     args = parser.parse_args(argv)
     from models.weights import load_model
@@ -23,7 +21,7 @@ def main(argv=None):
     from src.start import begin, open_split
     args.model_path = args.model_path or segment.newest_checkpoint()
     payload = load_model(args.model_path, steps=("deeplab",))
-    parser.flags.update(flags.DEEPLAB_TEST[payload["networks"]["deeplab"].get("head", "seamv1")])
+    parser.settle_recipe(payload["networks"]["deeplab"].get("head", "seamv1"))
     flags.resolve(parser, args, payload["options"], args.model_path, INHERITED)
     args.split = args.split or {"pet": "test"}.get(args.dataset)
     dataset = open_split(args)

@@ -12,10 +12,9 @@ INHERITED = (*flags.DATA, "max_size", "crop_size", "precision", "seed")
 
 
 def main(argv=None):
-    parser = flags.Parser(__doc__, NAMES, **DEFAULTS, **dict.fromkeys(flags.DEEPLAB_TRAINING["seamv1"]))
-    parser.add_recipes(flags.DEEPLAB_TRAINING)
+    parser = flags.Parser(__doc__, NAMES, flags.DEEPLAB_TRAINING, **DEFAULTS)
     args = parser.parse_args(argv)
-    parser.flags.update(flags.DEEPLAB_TRAINING[args.head or "seamv1"])
+    parser.settle_recipe(args.head or parser.flags["head"])
     from models.weights import check_pretrained
     from src import segment
     from src.inference import check_classes

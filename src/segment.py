@@ -108,21 +108,19 @@ def multi_scale_probabilities(network, views, grid, flip, merge, device, precisi
     logits (seamv1), or "max", the largest softmax of each class (MCTformer), which is divided by its sum over classes.
     Returns (C, *grid) float32 numpy.
     """
-    merged = None
+    maps = []
     for view in views:
         batch = torch.stack([view, view.flip(-1)] if flip else [view]).to(device, memory_format=torch.channels_last)
         with engine.autocast(device, precision):
             logits = network(batch)
         if flip:
             logits = torch.stack([logits[0], logits[1].flip(-1)])
-        logits = F.interpolate(logits.float(), size=grid, mode="bilinear", align_corners=True)
-        if merge == "mean":
-            one = logits.mean(dim=0) / len(views)
-            merged = one if merged is None else merged + one
-        else:
-            one = logits.softmax(dim=1).amax(dim=0)
-            merged = one if merged is None else torch.maximum(merged, one)
-    return (merged.softmax(dim=0) if merge == "mean" else merged / merged.sum(dim=0)).cpu().numpy()
+        maps.append(F.interpolate(logits.float(), size=grid, mode="bilinear", align_corners=True))
+    logits = torch.cat(maps)  # (scales and flips, C, *grid)
+    if merge == "mean":
+        return logits.mean(dim=0).softmax(dim=0).cpu().numpy()
+    largest = logits.softmax(dim=1).amax(dim=0)
+    return (largest / largest.sum(dim=0)).cpu().numpy()
 
 
 def kept_classes(probabilities, labels, mode):

@@ -30,5 +30,5 @@ def weight(name, shape):
     return values / 5
 
 
-def image(height, width, batch=1):
-    return 2 * hashed("image", (batch, 3, height, width))
+def image(height, width):
+    return 2 * hashed("image", (1, 3, height, width))

@@ -1,10 +1,9 @@
 """The plain network that benchmarks.deeplab measures ours against is the same network."""
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.deeplab import plain
+from benchmarks.deeplab import plain, without_dropout
 from models.build import build_network
 from models.deeplab import segmentation_loss
 
@@ -12,14 +11,12 @@ from models.deeplab import segmentation_loss
 @pytest.mark.parametrize("training", [True, False])
 def test_the_plain_deeplab_gives_our_loss_and_gradients_in_float64(training):
     torch.manual_seed(0)
-    network = build_network("deeplab", "resnet38", width=0.0625, classes=3).double().train(training)
-    for module in network.modules():
-        if isinstance(module, (nn.Dropout, nn.Dropout2d)):
-            module.p = 0.0
+    network = build_network("deeplab", "resnet38", width=0.0625, classes=3)
+    network = without_dropout(network).double().train(training)
     images, target = torch.randn(2, 3, 65, 97).double(), torch.randint(0, 4, (2, 65, 97))
     results = []
     for loss in (F.cross_entropy(plain(network)(images), target, ignore_index=255),
-                 segmentation_loss(network(images).double(), target)):
+                 segmentation_loss(network(images), target)):
         network.zero_grad()
         loss.backward()
         results.append([loss.item(), network.trunk.conv1a.weight.grad.clone(), network.head.cls_conv.bias.grad.clone()])

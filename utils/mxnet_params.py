@@ -88,10 +88,11 @@ def _read_array(reader):
         storage = reader.number("i")
         if storage != DENSE:
             reader.refuse(f"holds an array that is not dense (storage type {storage}) at byte {reader.at}")
-    dimensions = reader.number("I") if magic in (V1_MAGIC, V2_MAGIC) else magic
+    legacy = magic not in (V1_MAGIC, V2_MAGIC)
+    dimensions = magic if legacy else reader.number("I")
     if dimensions > MAX_DIMENSIONS:
         reader.refuse(f"is damaged: an array of {dimensions} dimensions at byte {reader.at}")
-    shape = [reader.number("I" if dimensions == magic else "q") for _ in range(dimensions)]
+    shape = [reader.number("I" if legacy else "q") for _ in range(dimensions)]
     if not dimensions:  # an array that was never filled
         return np.zeros(0, np.float32)
     if min(shape) < 0:

@@ -118,14 +118,22 @@ DEEPLAB_TEST = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line with exit status 2.  `defaults` overrides those of FLAGS for one script."""
+    """Errors are one line with exit status 2.  `defaults` overrides those of FLAGS for one script.
 
-    def __init__(self, description, names, **defaults):
+    recipes: {DeepLab's head: {flag: default}} of flags whose defaults the head decides, see `settle_recipe`.
+    """
+
+    def __init__(self, description, names, recipes=None, **defaults):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.flags = {}
+        self.flags, self.recipes = {}, recipes or {}
+        open_flags = {name for recipe in self.recipes.values() for name in recipe}
         for name in names:
-            self._declare(name, defaults.get(name, FLAGS[name].default))
+            self._declare(name, None if name in open_flags else defaults.get(name, FLAGS[name].default))
+        if self.recipes:
+            lines = [f"  {head}: " + "  ".join(f"{name} {_shown(value)}" for name, value in recipe.items())
+                     for head, recipe in self.recipes.items()]
+            self.epilog = "\n".join(["defaults by DeepLab's head:", *lines])
 
     def _declare(self, name, default):
         flag = FLAGS[name]
@@ -140,11 +148,9 @@ class Parser(argparse.ArgumentParser):
             keywords.update(type=flag.type, choices=flag.choices, nargs=flag.nargs, metavar=flag.metavar)
         self.add_argument(f"--{name}", **keywords)
 
-    def add_recipes(self, recipes):
-        """Defaults that depend on --head, shown below the flags and settled by `settle_recipe`."""
-        lines = [f"  {head}: " + "  ".join(f"{name} {_shown(value)}" for name, value in recipe.items())
-                 for head, recipe in recipes.items()]
-        self.epilog = "\n".join(["defaults by DeepLab's head:", *lines])
+    def settle_recipe(self, head):
+        """Take the defaults of one of DeepLab's heads, once it is known."""
+        self.flags.update(self.recipes[head])
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
