@@ -7,23 +7,24 @@ and a split with ground truth; writes scores.json, thresholds.png, classes.png, 
 from pathlib import Path
 
 from utils import options as flags
+from utils import recipes
 from utils.runtime import run_main
 
 NAMES = ("model_path", "mask_dir", *flags.DATA, *flags.MAPS, *flags.WALK, "crf", "crf_preset", "max_size", "cam_dir",
          "output_dir", *flags.MACHINE)
-INHERITED = ("dataset", "data_root", "split", "ids", "limit", "scales", "flip", "max_size", "radius", "precision",
+INHERITED = (*flags.DATA, "scales", "flip", "max_size", "radius", "precision",
              "cam_dir", "labels", "bg_alpha", "beta", "walk_steps")
 
 
 def main(argv=None):
-    parser = flags.Parser(__doc__, NAMES, output_dir="output/eval", crf_preset="mctformer",
+    parser = flags.Parser(__doc__, NAMES, recipes.MASKS, output_dir="output/eval", crf_preset="mctformer",
                           model_path="output/stage2_resnet50/model_best.pth.tar")
     args = parser.parse_args(argv)
     if args.mask_dir and args.model_path:
         parser.error("--mask_dir scores masks as they are and --model_path makes them; pass one of them")
     from src import eval as evaluation
     from src import inference
-    from src.start import begin, default_labels, open_split
+    from src.start import begin, open_split, settle_labels
     if args.mask_dir:
         payload, stages = None, [evaluation.Stage("masks", "mask", Path(args.mask_dir))]
         flags.resolve(parser, args, *evaluation.mask_record(args.mask_dir), INHERITED)
@@ -37,7 +38,7 @@ def main(argv=None):
     dataset = open_split(args)
     if payload is not None:
         inference.settle_classes(payload, dataset, args.model_path)
-    args.labels = args.labels or default_labels(dataset)
+    settle_labels(args, dataset)
     device = begin("Step 4", args, dataset)
     if args.dry_run:
         return 0

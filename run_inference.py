@@ -7,16 +7,16 @@ or a folder) no dataset is needed: labels are predicted, and an overlay is writt
 from pathlib import Path
 
 from utils import options as flags
+from utils import recipes
 from utils.runtime import run_main
 
 NAMES = ("model_path", *flags.DATA, *flags.MAPS, *flags.WALK, "crf", "crf_preset", "max_size", "cam_dir", "output_dir",
          *flags.MACHINE)
-INHERITED = ("dataset", "data_root", "split", "ids", "limit", "scales", "flip", "max_size", "radius", "precision",
-             "cam_dir")
+INHERITED = (*flags.DATA, "scales", "flip", "max_size", "radius", "precision", "cam_dir")
 
 
 def build_parser():
-    parser = flags.Parser(__doc__, NAMES, output_dir="output/inference", crf_preset="mctformer",
+    parser = flags.Parser(__doc__, NAMES, recipes.MASKS, output_dir="output/inference", crf_preset="mctformer",
                           model_path="output/stage2_resnet50/model_best.pth.tar")
     parser.add_argument("--images", metavar="PATH", help="an image or a folder of images, instead of a dataset's split")
     parser.add_argument("--save_overlays", action="store_true", help="also write the masks laid over the images")
@@ -29,7 +29,7 @@ def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     from src import inference
-    from src.start import begin, default_labels, open_split
+    from src.start import begin, open_split, settle_labels
     payload, args.model_path = inference.open_checkpoint(args.model_path, parser.flags["model_path"],
                                                          args.cam_dir or parser.flags["cam_dir"])
     flags.resolve(parser, args, payload["options"], args.model_path, INHERITED)
@@ -42,7 +42,7 @@ def main(argv=None):
     else:
         dataset = open_split(args)
         inference.settle_classes(payload, dataset, args.model_path)
-        args.labels = args.labels or default_labels(dataset)
+        settle_labels(args, dataset)
     device = begin("Step 3", args, dataset)
     if args.dry_run:
         return 0

@@ -8,12 +8,14 @@ import argparse
 import sys
 
 from utils import options as flags
+from utils import recipes
 from utils.runtime import run_main
 
 COMMON = ("download", *flags.DATA, *flags.TRUNK, *flags.TRAINING, "model_path", "cam_dir", "output_dir", *flags.MACHINE)
 NAMES = {1: (*COMMON, "method", "cutmix", "long_side", *flags.MAPS),
          2: (*COMMON, "radius", "alpha_low", "alpha_high", "crf_preset")}
 DEFAULTS = {1: {"epochs": 8, "freeze": None, "head_lr": 1.0}, 2: {"epochs": 6, "batch_size": 8}}
+RECIPES = {1: recipes.STAGE1, 2: recipes.STAGE2}
 INHERITED = (*flags.DATA, *flags.NETWORK, "crop_size", "max_size", "precision", "seed", "model_path")
 
 
@@ -22,7 +24,7 @@ def parser_for(argv):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--stage", nargs="?")
     stage = 2 if first.parse_known_args(argv)[0].stage == "2" else 1
-    parser = flags.Parser(__doc__, NAMES[stage], **DEFAULTS[stage])
+    parser = flags.Parser(__doc__, NAMES[stage], RECIPES[stage], **DEFAULTS[stage])
     parser.add_argument("--stage", type=int, choices=(1, 2), required=True,
                         help="1: classifier and CAMs; 2: affinity labels and AffinityNet (--stage 2 --help: its flags)")
     return parser
@@ -35,7 +37,7 @@ def main(argv=None):
     from models.weights import check_pretrained, load_model
     from src import train
     from src.inference import check_same_classifier, settle_classes
-    from src.start import begin, default_labels, open_split
+    from src.start import begin, open_split, settle_labels
     from utils.artifacts import read_manifest, run_dir
     classifier = None
     if args.stage == 2:
@@ -57,7 +59,7 @@ def main(argv=None):
     args.output_dir = args.output_dir or str(run_dir(f"stage{args.stage}", args.backbone))
     dataset = open_split(args)
     if args.stage == 1:
-        args.labels = args.labels or ("gt" if classifier is None else default_labels(dataset))
+        settle_labels(args, dataset, default="gt" if classifier is None else None)
     if classifier is not None:
         settle_classes(classifier, dataset, args.model_path)
     device = begin(f"Step {args.stage}", args, dataset)

@@ -4,6 +4,7 @@ Reads images and the masks of step 3 (default output/inference), whose record te
 output/deeplab_<backbone>/.
 """
 from utils import options as flags
+from utils import recipes
 from utils.runtime import run_main
 
 NAMES = (*flags.DATA, "mask_dir", "head", *flags.TRUNK, *flags.TRAINING, "output_dir", *flags.MACHINE)
@@ -12,9 +13,9 @@ INHERITED = (*flags.DATA, "max_size", "crop_size", "precision", "seed")
 
 
 def main(argv=None):
-    parser = flags.Parser(__doc__, NAMES, flags.DEEPLAB_TRAINING, **DEFAULTS)
+    parser = flags.Parser(__doc__, NAMES, recipes.DEEPLAB, recipes.DEEPLAB_TRAINING, **DEFAULTS)
     args = parser.parse_args(argv)
-    parser.settle_recipe(args.head or parser.flags["head"])
+    parser.settle_head(args.head or parser.flags["head"])
     from models.weights import check_pretrained
     from src import segment
     from src.inference import check_classes

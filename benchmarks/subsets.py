@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from utils.datasets import open_dataset
-from utils.images import image_size
 from utils.runtime import run_main
 
 LARGE = 512  # pixels: a few photos above it hold 40 % of one class's pixels in the sample
@@ -20,7 +19,7 @@ def main():
     parser.add_argument("--output_dir", default="output/subsets", help="folder for the lists (default: %(default)s)")
     args = parser.parse_args()
     dataset = open_dataset("pet", args.data_root, args.split)
-    small = [max(image_size(path)) <= LARGE for path in dataset.image_paths]
+    small = [max(dataset.size(i)) <= LARGE for i in range(len(dataset))]
     lists = {"third": dataset.ids[::3], "rest": [name for i, name in enumerate(dataset.ids) if i % 3],
              "small": [name for name, keep in zip(dataset.ids, small) if keep]}
     folder = Path(args.output_dir)

@@ -126,7 +126,7 @@ def image_cam(classifier, item, labels, options, device):
 
 def cam_folder(path, record, classes, dataset_name, options):
     """The `Folder` of CAMs of a classifier: what decides its files."""
-    identity = {name: options[name] for name in ("scales", "flip", "labels", "max_size", "precision")}
+    identity = {name: options[name] for name in ("scales", "flip", "labels", "max_size", "precision", "difficult")}
     return Folder(path, "cam", ".npz", {**identity, "dataset": dataset_name, "classes": list(classes),
                                         "classifier": record_hash(record)})
 
@@ -140,7 +140,7 @@ def make_cams(record, dataset, folder, options, device):
         images = WholeImages(pending, options["scales"], options["max_size"], classifier.trunk.stride)
         for item in progress(whole_image_loader(images, options["workers"], device), "CAM", len(pending)):
             index = item["index"]
-            keys, cam = image_cam(classifier, item, pending.labels[index], options, device)
+            keys, cam = image_cam(classifier, item, pending.label(index), options, device)
             save_cam(folder.path, pending.ids[index], keys, cam, item["size"])
     folder.finish(dataset.ids, options, environment(device))
 

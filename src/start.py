@@ -2,6 +2,7 @@
 import sys
 
 from utils.datasets import open_dataset
+from utils.errors import UserError
 from utils.log import environment
 from utils.options import pick_device, print_options
 
@@ -9,14 +10,19 @@ from utils.options import pick_device, print_options
 def open_split(args):
     """The split that the flags name; --split is settled to the training split if it was left out."""
     dataset = open_dataset(args.dataset, args.data_root, args.split, args.limit, args.ids,
-                           getattr(args, "download", False))
+                           getattr(args, "download", False), args.difficult)
     args.split = dataset.split
     return dataset
 
 
-def default_labels(dataset):
-    """Known labels on the training split, where pseudo-masks are made; predicted ones elsewhere, where scores are."""
-    return "gt" if dataset.split == dataset.training_split else "predicted"
+def settle_labels(args, dataset, default=None):
+    """Settle --labels: known ones on a training split, where pseudo-masks are made; predicted ones elsewhere, where
+    scores are.  default: what holds if it was left out, instead.  UserError if the known ones are asked for in vain.
+    """
+    known = "gt" if dataset.split in dataset.training_splits else "predicted"
+    args.labels = args.labels or default or known
+    if args.labels == "gt" and dataset.labels is None:
+        raise UserError(f"split {dataset.split} of {dataset.root} has no image labels; pass --labels predicted")
 
 
 def begin(step, args, dataset=None):

@@ -5,7 +5,8 @@ from PIL import Image
 
 from utils.datasets import open_dataset
 from utils.errors import UserError
-from utils.images import find_image, image_size, read_image
+from utils.images import image_size, read_image
+from utils.layouts.base import image_files
 
 H, W = 6, 8
 TRIMAP = np.array([[1, 1, 2, 2, 3, 3, 1, 2]] * H, np.uint8)
@@ -124,7 +125,8 @@ def test_limit_and_ids_choose_images_and_keep_their_labels(pet, tmp_path):
     chosen = open_dataset("pet", pet, ids_file=tmp_path / "ids.txt")
     assert chosen.ids == ["beagle_1", "Persian_2"], chosen.ids
     assert chosen.labels.argmax(1).tolist() == [1, 2] and len(chosen.classes) == 3, chosen.labels.tolist()
-    assert [path.stem for path in chosen.image_paths] == chosen.ids == [path.stem for path in chosen.mask_paths]
+    assert [chosen.image_path(i).stem for i in range(2)] == chosen.ids, chosen.files
+    assert [np.unique(chosen.mask(i)).tolist() for i in range(2)] == [[0, 2, 255], [0, 3, 255]]
     assert open_dataset("pet", pet, limit=2).ids == ["Persian_1", "beagle_1"]
     assert open_dataset("pet", pet, limit=1, ids_file=tmp_path / "ids.txt").ids == ["beagle_1"]
 
@@ -133,7 +135,7 @@ def test_without_trimaps_the_split_opens_and_its_masks_are_refused(pet):
     for path in (pet / "annotations" / "trimaps").iterdir():
         path.unlink()
     (pet / "annotations" / "trimaps").rmdir()
-    with pytest.raises(UserError, match="no ground-truth masks for split trainval"):
+    with pytest.raises(UserError, match="no ground truth for split trainval .no folder annotations/trimaps"):
         open_dataset("pet", pet).mask(0)
 
 
@@ -299,8 +301,8 @@ def test_a_truncated_image_is_refused_wherever_it_ends(tmp_path, suffix):
 def test_images_are_found_by_stem_under_any_suffix(tmp_path):
     for name in ("a.jpg", "b.PNG", "c.webp", "d.txt", "ab.jpeg"):
         (tmp_path / name).write_bytes(b"")
-    found = {stem: path and path.name for stem in ("a", "b", "c", "d", "ab") for path in [find_image(tmp_path, stem)]}
-    assert found == {"a": "a.jpg", "b": "b.PNG", "c": "c.webp", "d": None, "ab": "ab.jpeg"}, found
+    found = image_files(tmp_path, ["a", "b", "c", "d", "ab"])
+    assert found == ["a.jpg", "b.PNG", "c.webp", None, "ab.jpeg"], found
 
 
 # --- a plain folder ------------------------------------------------------------------------------------------------
@@ -309,7 +311,7 @@ def test_a_folder_reads_several_one_and_no_labels(folder):
     dataset = open_dataset("folder", folder)
     assert dataset.classes == ["sky", "tree"] and dataset.ids == ["a", "b", "c"], (dataset.classes, dataset.ids)
     assert dataset.labels.tolist() == [[1, 1], [0, 0], [1, 0]], dataset.labels.tolist()
-    assert dataset.split == dataset.training_split == "all", (dataset.split, dataset.training_split)
+    assert (dataset.split, dataset.training_splits) == ("all", ("all",)), (dataset.split, dataset.training_splits)
 
 
 def test_a_header_in_labels_csv_is_optional(folder):
@@ -330,7 +332,7 @@ def test_classes_txt_sets_the_order_and_may_name_more(folder):
 def test_train_txt_is_the_training_split_where_it_exists(folder):
     (folder / "train.txt").write_text("c\na\n")
     dataset = open_dataset("folder", folder)
-    assert dataset.ids == ["c", "a"] and dataset.split == dataset.training_split == "train", dataset.ids
+    assert dataset.ids == ["c", "a"] and (dataset.split, dataset.training_splits) == ("train", ("train",)), dataset.ids
     assert dataset.labels.tolist() == [[1, 0], [1, 1]], dataset.labels.tolist()
     assert len(open_dataset("folder", folder, "all")) == 3
 

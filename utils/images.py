@@ -38,12 +38,3 @@ def image_size(path):
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot decode image {path} ({error}); replace the file or take its id out of the "
                         "split file") from None
-
-
-def find_image(folder, image_id):
-    """Path of the image with this stem in `folder`, or None."""
-    for suffix in SUFFIXES:
-        path = folder / f"{image_id}{suffix}"
-        if path.is_file():
-            return path
-    return None

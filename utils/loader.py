@@ -22,8 +22,12 @@ class TrainingSamples(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, epoch, index))
         target = None if self.target is None else self.target(index)
         image, target = self.augmentation(self.dataset.image(index), target, rng)
-        sample = {"image": image, "labels": torch.from_numpy(self.dataset.labels[index]), "index": index}
-        return sample if target is None else {**sample, "target": target}
+        sample = {"image": image, "index": index}
+        if self.dataset.labels is not None:
+            sample["labels"] = torch.from_numpy(self.dataset.labels[index])
+        if target is not None:
+            sample["target"] = target
+        return sample
 
 
 class EpochBatches:

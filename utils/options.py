@@ -34,9 +34,11 @@ count, natural, side = _number(int, 1), _number(int, 0), _number(int, 32)
 positive, share, weight = _number(float, 0, open_low=True), _number(float, 0, 1), _number(float, 0)
 
 FLAGS = {
-    "dataset": Flag(str, "layout of the data", "pet", choices=("pet", "folder")),
-    "data_root": Flag(str, "folder of the dataset", "data/oxford-iiit-pet"),
-    "split": Flag(str, "split to work on; pet: trainval, test; folder: all or the name of a list <split>.txt"),
+    "dataset": Flag(str, "layout of the data", "pet", choices=("pet", "voc", "coco", "folder")),
+    "data_root": Flag(str, "folder of the dataset"),
+    "split": Flag(str, "split to work on; pet: trainval, test; voc: trainaug, train, val, test, ...; coco: train, val, "
+                       "val_labelled; folder: all or the name of a list <split>.txt"),
+    "difficult": Flag(bool, "voc: objects marked difficult count as image labels, as in published code", True),
     "ids": Flag(str, "text file of image ids, one a line: work on these images of the split only", metavar="FILE"),
     "limit": Flag(count, "only the first N images", metavar="N"),
     "download": Flag(bool, "fetch Oxford-IIIT Pet (0.8 GB) if it is not there", False),
@@ -64,7 +66,7 @@ FLAGS = {
     "long_side": Flag(side, "range from which a training image's long side is drawn, in pixels; left out: 5/8 to 5/4 "
                             "of the crop", nargs=2, metavar=("MIN", "MAX")),
     "max_size": Flag(side, "images with a longer side, in pixels, are scaled down to it for the networks and the CRF",
-                     512),
+                     1024),
     "val_fraction": Flag(_number(float, 0, 0.5), "share of the training images held out to choose model_best "
                                                  "(by labels or pseudo-labels, never by ground-truth masks)", 0.1),
     "scales": Flag(positive, "image scales whose maps are averaged", (0.5, 1.0, 1.5), nargs="+"),
@@ -98,7 +100,7 @@ FLAGS = {
     "tensorboard": Flag(bool, "also write TensorBoard events (needs the tensorboard package)", False),
 }
 
-DATA = ("dataset", "data_root", "split", "ids", "limit")
+DATA = ("dataset", "data_root", "split", "ids", "limit", "difficult")
 MACHINE = ("device", "precision", "workers", "seed", "dry_run")
 TRAINING = ("batch_size", "epochs", "lr", "head_lr", "momentum", "weight_decay", "crop_size", "max_size",
             "val_fraction", "bn", "freeze", "resume", "tensorboard")
@@ -107,33 +109,24 @@ TRUNK = (*NETWORK, "pretrained")
 MAPS = ("scales", "flip", "labels")
 WALK = ("bg_alpha", "bg_threshold", "beta", "walk_steps", "radius")
 
-# What each of DeepLab's heads was published with (recipes: SEAM's segmentation code; MCTformer, whose optimiser has in
-# effect neither momentum nor weight decay). Defaults of steps 5 and 6.
-DEEPLAB_TRAINING = {
-    "seamv1": {"lr": 0.001, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 10, "epochs": 20, "crop_size": 448},
-    "mctformer": {"lr": 0.0007, "momentum": 0.0, "weight_decay": 0.0, "batch_size": 4, "epochs": 30, "crop_size": 321}}
-DEEPLAB_TEST = {
-    "seamv1": {"scales": (0.5, 0.75, 1.0, 1.25, 1.5), "flip": True, "merge": "mean", "crf_preset": "seamv1"},
-    "mctformer": {"scales": (0.5, 0.75, 1.0, 1.25, 1.5), "flip": False, "merge": "max", "crf_preset": "mctformer"}}
-
 
 class Parser(argparse.ArgumentParser):
     """Errors are one line with exit status 2.  `defaults` overrides those of FLAGS for one script.
 
-    recipes: {DeepLab's head: {flag: default}} of flags whose defaults the head decides, see `settle_recipe`.
+    datasets: {dataset: {flag: default}}, taken by `resolve`.  heads: {DeepLab's head: {flag: default}}, taken by
+    `settle_head`.
     """
 
-    def __init__(self, description, names, recipes=None, **defaults):
+    def __init__(self, description, names, datasets, heads=None, **defaults):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.flags, self.recipes = {}, recipes or {}
-        open_flags = {name for recipe in self.recipes.values() for name in recipe}
+        self.flags, self.heads = {}, heads or {}
+        self.datasets = {dataset: {name: value for name, value in recipe.items() if name in names}
+                         for dataset, recipe in datasets.items()}
+        open_flags = {name for recipe in self.heads.values() for name in recipe}
         for name in names:
             self._declare(name, None if name in open_flags else defaults.get(name, FLAGS[name].default))
-        if self.recipes:
-            lines = [f"  {head}: " + "  ".join(f"{name} {_shown(value)}" for name, value in recipe.items())
-                     for head, recipe in self.recipes.items()]
-            self.epilog = "\n".join(["defaults by DeepLab's head:", *lines])
+        self.epilog = "\n".join([*_recipe_lines("dataset", self.datasets), *_recipe_lines("DeepLab's head", self.heads)])
 
     def _declare(self, name, default):
         flag = FLAGS[name]
@@ -148,31 +141,45 @@ class Parser(argparse.ArgumentParser):
             keywords.update(type=flag.type, choices=flag.choices, nargs=flag.nargs, metavar=flag.metavar)
         self.add_argument(f"--{name}", **keywords)
 
-    def settle_recipe(self, head):
+    def settle_head(self, head):
         """Take the defaults of one of DeepLab's heads, once it is known."""
-        self.flags.update(self.recipes[head])
+        self.flags.update(self.heads[head])
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def resolve(parser, args, upstream=None, source=None, inherit=()):
-    """Fill every flag left at None: from the upstream step's record if its name is in `inherit`, else by its default.
+def _recipe_lines(what, recipes):
+    return [f"defaults by {what}:"] * bool(recipes) + [f"  {name}: {_listed(recipe)}" for name, recipe in recipes.items()]
 
-    upstream: dict of options, or None.  source: where it comes from, for the printed line.
-    Returns args; values that came from upstream are printed, so that nothing is inherited in silence.
+
+def _listed(values):
+    return " ".join(f"{name}={_shown(value)}" for name, value in values.items())
+
+
+def resolve(parser, args, upstream=None, source=None, inherit=()):
+    """Fill every flag left at None: from the upstream step's record if its name is in `inherit`, else by the default
+    of the dataset, else by its own.
+
+    upstream: dict of options, or None.  source: where it comes from, for the printed line.  Of a record of another
+    dataset than --dataset, nothing that says where the data is counts.
+    Returns args; what came from upstream or from the dataset is printed, so that nothing is settled in silence.
     """
-    inherited = []
-    for name, default in parser.flags.items():
-        if getattr(args, name) is not None:
-            continue
-        if upstream is not None and name in inherit and upstream.get(name) is not None:
-            setattr(args, name, upstream[name])
-            inherited.append(f"{name}={_shown(upstream[name])}")
-        else:
-            setattr(args, name, list(default) if isinstance(default, tuple) else default)
+    upstream = {name: value for name, value in (upstream or {}).items() if name in inherit and value is not None}
+    if args.dataset not in (None, upstream.get("dataset")):
+        upstream = {name: value for name, value in upstream.items() if name not in DATA}
+    dataset = args.dataset or upstream.get("dataset") or parser.flags["dataset"]
+    open_flags = [name for name in parser.flags if getattr(args, name) is None]
+    inherited = {name: upstream[name] for name in open_flags if name in upstream}
+    recipe = {name: value for name, value in parser.datasets[dataset].items()
+              if name in open_flags and name not in inherited}
+    for name in open_flags:
+        value = {**parser.flags, **recipe, **inherited}[name]
+        setattr(args, name, list(value) if isinstance(value, tuple) else value)
     if inherited:
-        print(f"Inherited {' '.join(inherited)} from {source}", file=sys.stderr)
+        print(f"Inherited {_listed(inherited)} from {source}", file=sys.stderr)
+    if recipe:
+        print(f"Defaults of --dataset {dataset}: {_listed(recipe)}", file=sys.stderr)
     return args
 
 
