@@ -1,4 +1,5 @@
 """From score maps to masks, one image at a time: CRF, threshold, affinity labels. No torch: CRF workers import this."""
+import os
 from functools import partial
 from pathlib import Path
 
@@ -7,11 +8,11 @@ from PIL import Image
 
 from utils.artifacts import Folder, load_arrays, load_cam
 from utils.crf import PRESETS, dense_crf
+from utils.errors import UserError
+from utils.layouts.base import IGNORE, check_size
 from utils.maps import capped_size, move_threshold, resize_image, resize_maps, to_mask, with_background
 from utils.parallel import map_parallel
-from utils.visualize import overlay_mask, save_mask, save_picture
-
-IGNORE = 255
+from utils.visualize import overlay_mask, read_mask, save_mask, save_picture
 
 
 def load_scores(folder, image_id):
@@ -62,6 +63,24 @@ def affinity_label(image, keys, cam, alpha_low, alpha_high, crf_preset, max_size
     return np.asarray(Image.fromarray(label).resize(image.shape[1::-1], Image.Resampling.NEAREST))
 
 
+def missing(mask_dir, image_ids):
+    """The ids of which a folder has no mask."""
+    there = set(os.listdir(mask_dir)) if Path(mask_dir).is_dir() else set()
+    return [image_id for image_id in image_ids if f"{image_id}.png" not in there]
+
+
+def read_checked(path, size, classes, ignore=False):
+    """The mask at a path, uint8 (H, W); UserError unless it is of `size` and holds 0 to `classes`, or 255 if `ignore`.
+    """
+    mask = read_mask(path)
+    check_size(path, mask, size, "make the masks at the images' own size")
+    wrong = mask[(mask > classes) & ~((mask == IGNORE) & ignore)]
+    if wrong.size:
+        raise UserError(f"{path} holds the value {wrong[0]}, but the dataset has {classes} classes; are these the masks "
+                        "of another dataset?")
+    return mask
+
+
 def make_affinity_labels(dataset, cam_dir, folder, options):
     """Write the affinity labels of a split as PNG; finished ones with the same options are kept.
 
@@ -96,9 +115,7 @@ def _mask_file(item, score_dir, folder, settings, overlays):
 
 
 def _run(work, dataset, folder, workers, description, redo=False):
-    wanted = dataset if redo else folder.pending(dataset)
-    items = [(image_id, wanted.subset([i])) for i, image_id in enumerate(wanted.ids)]
-    for _ in map_parallel(work, items, workers, description):
+    for _ in map_parallel(work, dataset if redo else folder.pending(dataset), workers, description):
         pass
 
 

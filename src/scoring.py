@@ -5,13 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from src.masks import full_size, load_scores, refine
+from src.masks import full_size, load_scores, read_checked, refine
 from utils.artifacts import load_cam
-from utils.errors import UserError
 from utils.maps import foreground_share, to_mask, with_background
 from utils.metrics import SweepHistogram, central_box, confusion, foreground_iou, scores
 from utils.parallel import map_parallel
-from utils.visualize import read_mask
 
 BOX = "central box"
 
@@ -49,7 +47,7 @@ class Tally:
         self.fixed = matrix if self.fixed is None else self.fixed + matrix
         self.images[image_id] = foreground_iou(matrix)
         if sweep is not None:
-            self.sweep.add(sweep)
+            self.sweep.add_image(sweep)
 
     def fixed_scores(self):
         return {**scores(self.fixed), "image_fg_iou": float(np.nanmean(list(self.images.values())))}
@@ -60,14 +58,12 @@ def score_split(dataset, stages, options):
 
     Returns {stage name: Tally}, with the central box beside them.
     """
-    if dataset.mask_paths is None:
-        raise UserError(f"{dataset.root} has no ground truth for split {dataset.split}; nothing can be scored")
+    dataset.check_truth()
     classes = len(dataset.classes) + 1
     tallies = {name: Tally(classes, SweepHistogram(classes)) for name in [BOX] + [stage.name for stage in stages]}
-    items = [(image_id, dataset.subset([i])) for i, image_id in enumerate(dataset.ids)]
     names = ("bg_alpha", "bg_threshold", "crf_preset", "max_size")
     work = partial(_score_image, stages=stages, settings={name: options.get(name) for name in names})
-    for image_id, counted in map_parallel(work, items, options["workers"], "scoring"):
+    for image_id, counted in map_parallel(work, dataset, options["workers"], "scoring"):
         for name, (matrix, sweep) in counted.items():
             tallies[name].add(image_id, matrix, sweep)
     return tallies
@@ -76,26 +72,20 @@ def score_split(dataset, stages, options):
 def _score_image(item, stages, settings):
     image_id, one = item
     truth, classes = one.mask(0), len(one.classes) + 1
-    box = central_box(*truth.shape) * np.uint8(one.labels[0].argmax() + 1)
-    counted = {BOX: (confusion(box, truth, classes), None)}
+    counted = {BOX: (confusion(_labelled_box(truth.shape, one.label(0)), truth, classes), None)}
     for stage in stages:
         if stage.kind == "mask":
-            mask = _checked_mask(stage.folder / f"{image_id}.png", truth, classes)
+            mask = read_checked(stage.folder / f"{image_id}.png", truth.shape, len(one.classes))
             counted[stage.name] = (confusion(mask, truth, classes), None)
         else:
             counted[stage.name] = _count_maps(stage, image_id, one, truth, settings)
     return image_id, counted
 
 
-def _checked_mask(path, truth, classes):
-    mask = read_mask(path)
-    if mask.shape != truth.shape:
-        raise UserError(f"{path} is {mask.shape[1]}x{mask.shape[0]}, its image {truth.shape[1]}x{truth.shape[0]}; "
-                        "make the masks at the images' own size")
-    if mask.max() >= classes:
-        raise UserError(f"{path} holds the value {mask.max()}, but the dataset has {classes - 1} classes; "
-                        "are these the masks of another dataset?")
-    return mask
+def _labelled_box(size, labels):
+    """The central box with the image's class, of several the first; nothing where it has none."""
+    labelled = labels is not None and labels.any()
+    return central_box(*size) * np.uint8(labels.argmax() + 1 if labelled else 0)
 
 
 def _count_maps(stage, image_id, one, truth, settings):
@@ -108,6 +98,5 @@ def _count_maps(stage, image_id, one, truth, settings):
     else:
         maps = full_size(probabilities, truth.shape)
     classes = len(one.classes) + 1
-    sweep = SweepHistogram(classes)
-    sweep.update(*foreground_share(maps, keys), truth)
+    sweep = SweepHistogram(classes).count(*foreground_share(maps, keys), truth)
     return confusion(to_mask(maps, keys, threshold), truth, classes), sweep

@@ -20,7 +20,6 @@ from utils.log import environment, progress
 from utils.maps import capped_size, grid_size
 from utils.metrics import confusion, scores
 from utils.transforms import Augmentation, resize_labels
-from utils.visualize import read_mask
 
 SCALE = {"seamv1": (0.5, 1.5), "mctformer": (0.7, 1.3)}  # random scale of a training image, by DeepLab's head
 MIN_PROBABILITY = 0.05  # classes that nowhere reach it are left out of the CRF; the likeliest is always kept
@@ -41,25 +40,16 @@ def mask_reader(dataset, mask_dir):
     Every mask is looked for at once, so that a missing one does not stop a run at its end.
     """
     if mask_dir == "gt":
-        if dataset.mask_paths is None:
-            raise UserError(f"{dataset.root} has no ground truth; pass --mask_dir FOLDER")
+        dataset.check_truth()
         return dataset.mask
-    paths = [Path(mask_dir) / f"{image_id}.png" for image_id in dataset.ids]
-    missing = [path for path in paths if not path.is_file()]
+    missing = masks.missing(mask_dir, dataset.ids)
     if missing:
-        raise UserError(f"no mask {missing[0]} (and {len(missing) - 1} more); run: python run_inference.py")
+        raise UserError(f"no mask {Path(mask_dir) / missing[0]}.png (and {len(missing) - 1} more); run: "
+                        "python run_inference.py")
 
     def read(index):
-        mask = read_mask(paths[index])
-        size = dataset.image(index).shape[:2]
-        if mask.shape != size:
-            raise UserError(f"{paths[index]} is {mask.shape[1]}x{mask.shape[0]}, its image {size[1]}x{size[0]}; make "
-                            "the masks at the images' own size")
-        wrong = mask[(mask > len(dataset.classes)) & (mask != 255)]
-        if wrong.size:
-            raise UserError(f"{paths[index]} holds the value {wrong[0]}, but the dataset has {len(dataset.classes)} "
-                            "classes; are these the masks of another dataset?")
-        return mask
+        path = Path(mask_dir) / f"{dataset.ids[index]}.png"
+        return masks.read_checked(path, dataset.size(index), len(dataset.classes), ignore=True)
     return read
 
 
@@ -142,7 +132,7 @@ def make_scores(record, dataset, folder, options, device):
             grid = grid_size(capped_size(item["size"], options["max_size"]), 8)
             probabilities = multi_scale_probabilities(network, item["views"], grid, options["flip"], options["merge"],
                                                       device, options["precision"])
-            keys = kept_classes(probabilities, pending.labels[index], options["labels"])
+            keys = kept_classes(probabilities, pending.label(index), options["labels"])
             kept = probabilities[np.concatenate([[0], keys + 1])]
             save_scores(folder.path, pending.ids[index], keys, kept / np.maximum(kept.sum(axis=0), 1e-8), item["size"])
     folder.finish(dataset.ids, options, environment(device))
@@ -151,7 +141,7 @@ def make_scores(record, dataset, folder, options, device):
 def run_test(payload, dataset, options, device):
     """Step 6: masks and scores of a split from a DeepLab checkpoint.
 
-    Writes masks/, and scores.json, plots and panels where the split has ground truth.  Returns the score table or None.
+    Writes masks/, and scores.json, plots and panels where the split has ground truth.  Returns the folder of masks.
     """
     record, home = payload["networks"]["deeplab"], Path(options["output_dir"])
     names = ("scales", "flip", "merge", "labels", "max_size", "precision")
@@ -163,8 +153,9 @@ def run_test(payload, dataset, options, device):
     masks.make_masks(dataset, maps.path, folder, options, options["save_overlays"])
     folder.finish(dataset.ids, options, {**environment(device), "classes": list(dataset.classes)}, parent=maps.path)
     print(f"Wrote {len(dataset)} masks to {folder.path}")
-    if dataset.mask_paths is None:
+    if dataset.truth is None:
         print(f"{dataset.root} has no ground truth for split {dataset.split}: masks only, no scores")
-        return None
+        return folder.path
     stages = [Stage("deeplab", "scores", maps.path)] + [Stage("+ CRF", "scores", maps.path, crf=True)] * options["crf"]
-    return evaluate(dataset, stages, options)
+    evaluate(dataset, stages, options)
+    return folder.path

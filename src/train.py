@@ -93,7 +93,7 @@ def rounded_crop(options):
 
 def run_stage1(dataset, options, device):
     """Train the classifier, then write the split's CAMs to --cam_dir."""
-    if not dataset.labels.any():
+    if dataset.labels is None or not dataset.labels.any():
         raise UserError(f"no image of split {dataset.split} in {dataset.root} has a label; stage 1 needs image labels")
     torch.manual_seed(options["seed"])
     how = network_options("classifier", options, len(dataset.classes))
@@ -152,7 +152,7 @@ def fit_common_object(record, dataset, options, device):
         labels = np.flatnonzero(dataset.labels[item["index"]])
         if len(labels):
             view = item["views"][0][None].to(device, memory_format=torch.channels_last)
-            samples.append(_sample_descriptors(classifier, view, int(labels[0]), per_image, rng, options["precision"]))
+            samples.append(_sample_descriptors(classifier, view, labels, per_image, rng, options["precision"]))
     descriptors, classes, cams = (torch.cat(parts) for parts in zip(*samples))
     classifier.cpu()
     share = classifier.common.fit(descriptors, classes, cams)
@@ -160,16 +160,17 @@ def fit_common_object(record, dataset, options, device):
     return {**record, "state": {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}}
 
 
-def _sample_descriptors(classifier, view, label, count, rng, precision):
-    """Up to `count` random cells of an image: features (n, D), its class (n,), that class's normalised CAM (n,)."""
+def _sample_descriptors(classifier, view, labels, count, rng, precision):
+    """Up to `count` random cells of an image: features (n, D), the one of its classes whose normalised CAM is highest
+    there (n,), and that CAM (n,)."""
     with engine.autocast(view.device, precision):
         maps = classifier.trunk(view)
-        cam = classifier.head(maps[classifier.trunk.stages[-1]])[:, label:label + 1].float().relu()
+        cam = classifier.head(maps[classifier.trunk.stages[-1]])[:, torch.from_numpy(labels)].float().relu()
     features = maps[classifier.trunk.stages[1]][0].float().flatten(1).T  # (N, D)
     cam = F.interpolate(cam, size=maps[classifier.trunk.stages[1]].shape[-2:], mode="bilinear", align_corners=True)
     chosen = torch.randperm(len(features), generator=rng)[:count]
-    cam = (cam / cam.max().clamp(min=1e-8)).flatten().cpu()
-    return features.cpu()[chosen], torch.full((len(chosen),), label), cam[chosen]
+    highest, which = (cam / cam.amax(dim=(2, 3), keepdim=True).clamp(min=1e-8))[0].flatten(1).cpu().max(dim=0)  # (N,)
+    return features.cpu()[chosen], torch.from_numpy(labels)[which[chosen]], highest[chosen]
 
 
 def _classifier_loss(cutmix_probability):
