@@ -123,6 +123,15 @@ def test_the_json_is_parsed_once_and_again_when_it_changes(coco, monkeypatch):
     assert open_dataset("coco", coco).labels.tolist() == [[0, 0, 1, 0]]
 
 
+def test_a_file_of_more_objects_than_8_bits_count_is_read(coco):
+    change(coco, lambda content: content.update(annotations=[
+        coco_annotation(i, 7 * (i % 8 + 1), 18, polygon((1, 1, 2 + i % 40, 9))) for i in range(600)]))
+    dataset = open_dataset("coco", coco)
+    table = layout.open_annotations(source(coco))
+    assert len(table["area"]) == 600 and table["area"].max() == 40 * 8, table["area"].max()
+    assert (dataset.mask(0)[1:3, 1:9] == 3).all()
+
+
 def test_a_damaged_cache_is_refused(coco):
     open_dataset("coco", coco)
     layout._open_annotations.cache_clear()

@@ -185,4 +185,5 @@ def _encoded(annotation, image, source):
 
 def _areas(encoded):
     from pycocotools import mask as rle
-    return np.asarray(rle.area(encoded) if encoded else [], np.uint32)
+    # One at a time: pycocotools counts the entries of a list in 8 bits.
+    return np.array([int(rle.area(code)) for code in encoded], np.uint32)
