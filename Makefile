@@ -23,6 +23,7 @@ test: setup
 bench: setup
 	$(RUN) -m pytest -m gpu -rs
 	$(RUN) -m benchmarks.deeplab
+	$(RUN) -m benchmarks.scoring
 
 clean:
 	rm -rf output data/toy data/cams
