@@ -24,6 +24,8 @@ bench: setup
 	$(RUN) -m pytest -m gpu -rs
 	$(RUN) -m benchmarks.deeplab
 	$(RUN) -m benchmarks.scoring
+	$(RUN) -m benchmarks.random_walk
+	$(RUN) -m benchmarks.affinity_loss
 
 clean:
 	rm -rf output data/toy data/cams

@@ -12,8 +12,8 @@ from utils.runtime import run_main
 
 NAMES = ("model_path", "mask_dir", *flags.DATA, *flags.MAPS, *flags.WALK, "crf", "crf_preset", "max_size", "cam_dir",
          "output_dir", *flags.MACHINE)
-INHERITED = (*flags.DATA, "scales", "flip", "max_size", "radius", "precision",
-             "cam_dir", "labels", "bg_alpha", "beta", "walk_steps")
+INHERITED = (*flags.DATA, "scales", "flip", "max_size", "radius", "precision", "cam_dir")
+OF_MASKS = ("labels", "bg_alpha", "beta", "walk_steps", "walk_eps")  # inherited from masks, whose scores are asked for
 
 
 def main(argv=None):
@@ -27,14 +27,13 @@ def main(argv=None):
     from src.start import begin, open_split, settle_labels
     if args.mask_dir:
         payload, stages = None, [evaluation.Stage("masks", "mask", Path(args.mask_dir))]
-        flags.resolve(parser, args, *evaluation.mask_record(args.mask_dir), INHERITED)
+        flags.resolve(parser, args, *evaluation.mask_record(args.mask_dir), (*INHERITED, *OF_MASKS))
         args.model_path = None
     else:
         payload, args.model_path = inference.open_checkpoint(args.model_path, parser.flags["model_path"],
                                                              args.cam_dir or parser.flags["cam_dir"],
                                                              steps=("stage1", "stage2"))
-        inherited = tuple(name for name in INHERITED if name not in ("labels", "bg_alpha", "beta", "walk_steps"))
-        flags.resolve(parser, args, payload["options"], args.model_path, inherited)
+        flags.resolve(parser, args, payload["options"], args.model_path, INHERITED)
     dataset = open_split(args)
     if payload is not None:
         inference.settle_classes(payload, dataset, args.model_path)

@@ -157,13 +157,14 @@ def walk_scores(stencil, cam, offsets, options):
     """Propagate a CAM and its background score: probabilities (K + 1, h, w) on the affinity's grid, numpy float32."""
     scores = with_background(resize_maps(cam, stencil.shape[-2:]), options["bg_alpha"])
     walked = random_walk(torch.from_numpy(scores).to(stencil.device), stencil, offsets, options["beta"],
-                         options["walk_steps"])
+                         options["walk_steps"], options["walk_eps"])
     return (walked / walked.sum(dim=0).clamp(min=1e-8)).cpu().numpy()
 
 
 def walk_folder(path, record, cams, options):
     """The `Folder` of walked scores of an AffinityNet over the CAMs of a `Folder`."""
-    identity = {name: options[name] for name in ("beta", "walk_steps", "radius", "bg_alpha", "max_size", "precision")}
+    names = ("beta", "walk_steps", "walk_eps", "radius", "bg_alpha", "max_size", "precision")
+    identity = {name: options[name] for name in names}
     return Folder(path, "walk", ".npz", {**identity, "cam": cams.identity, "affinity": record_hash(record)})
 
 

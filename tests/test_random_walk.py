@@ -1,10 +1,12 @@
 """Random walk: half disc, transition matrix and propagation against double loops on a small grid; their refusals."""
+import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
-from utils.random_walk import half_disc, random_walk, transition, walk_frames
+from utils.random_walk import chebyshev, half_disc, random_walk, transition, walk_frames
 
 GRID = (6, 7)
 
@@ -92,8 +94,36 @@ def test_random_walk_equals_the_dense_matrix_power(steps):
     maps, affinity, offsets = random_case()
     power = torch.linalg.matrix_power(dense_transition(affinity, offsets, 8.0), steps)
     expected = (power @ maps.double().flatten(1).T).T.reshape(maps.shape)
-    error = (random_walk(maps, affinity, offsets, steps=steps).double() - expected).abs().max()
+    error = (random_walk(maps, affinity, offsets, steps=steps, eps=0).double() - expected).abs().max()
     assert error < 1e-5, f"T^{steps}: largest difference {error:.2e}"
+
+
+@pytest.mark.parametrize("eps", [0.1, 1e-3, 1e-5])
+@pytest.mark.parametrize("steps", [1, 2, 17, 64, 256, 1000])
+def test_the_expansion_of_a_power_is_within_eps_of_it_and_1_at_1(steps, eps):
+    x = np.linspace(-1, 1, 4001)
+    terms = chebyshev(steps, eps)
+    error = abs(np.polynomial.chebyshev.chebval(x, terms) - x**steps).max()
+    assert error <= eps, f"x^{steps} at eps {eps}: off by {error:.2e}"
+    assert abs(sum(terms) - 1) < 1e-12 and min(terms) >= 0, f"sum {sum(terms)}, least {min(terms)}"
+    assert len(terms) - 1 <= min(steps, math.sqrt(2 * steps * math.log(4 / eps)) + 2), f"degree {len(terms) - 1}"
+
+
+def test_the_expansion_is_exact_where_nothing_may_be_dropped():
+    assert chebyshev(0, 1e-9) == (1.0,) and chebyshev(1, 1e-9) == (0.0, 1.0)
+    assert chebyshev(4, 1e-9) == (3 / 8, 0.0, 4 / 8, 0.0, 1 / 8)
+
+
+@pytest.mark.parametrize("eps", [1e-1, 1e-3, 1e-5])
+@pytest.mark.parametrize("steps", [16, 64, 256])
+def test_the_expanded_walk_keeps_its_bound_against_the_dense_matrix_power(steps, eps):
+    maps, affinity, offsets = random_case(radius=5, grid=(13, 17))
+    matrix = dense_transition(affinity, offsets, 8.0)
+    expected = (torch.linalg.matrix_power(matrix, steps) @ maps.double().flatten(1).T).T.reshape(maps.shape)
+    degree = 1 / matrix.diagonal().reshape(maps.shape[1:])  # row sums of A^beta, whose diagonal is 1
+    off = random_walk(maps, affinity, offsets, steps=steps, eps=eps).double() - expected
+    norm, total = ((degree * values**2).sum(dim=(1, 2)).sqrt() for values in (off, maps.double()))
+    assert (norm <= eps * total + 1e-6 * total).all(), f"relative error {(norm / total).max():.2e} at eps {eps}"
 
 
 def test_the_order_of_the_offsets_does_not_matter():
@@ -106,7 +136,10 @@ def test_the_order_of_the_offsets_does_not_matter():
 
 def test_an_affinity_of_zero_leaves_the_scores_unchanged():
     maps, affinity, offsets = random_case()
-    assert torch.equal(random_walk(maps, torch.zeros_like(affinity), offsets), maps), "the identity walk changed scores"
+    walked = random_walk(maps, torch.zeros_like(affinity), offsets, eps=0)
+    assert torch.equal(walked, maps), "the identity walk changed scores"
+    error = (random_walk(maps, torch.zeros_like(affinity), offsets) - maps).abs().max()
+    assert error < 1e-5, f"the expanded identity walk changed scores by {error:.2e}"
 
 
 def test_a_constant_map_stays_constant():
@@ -191,6 +224,9 @@ def test_no_warning_is_printed():
         (dict(beta=0), "beta is 0"),
         (dict(beta=float("nan")), "beta is nan"),
         (dict(steps=-1), "steps is -1"),
+        (dict(steps=-1, eps=0), "steps is -1"),
+        (dict(eps=-1e-3), "eps is -0.001"),
+        (dict(eps=float("nan")), "eps is nan"),
     ],
 )
 def test_wrong_arguments_are_refused(change, message):

@@ -89,6 +89,8 @@ FLAGS = {
     "bg_threshold": Flag(share, "share of the scores from which on a pixel counts as foreground", 0.5),
     "beta": Flag(positive, "element-wise power of the affinities in the random walk", 8.0),
     "walk_steps": Flag(natural, "power t of the transition matrix", 256),
+    "walk_eps": Flag(weight, "bound of the walk's error relative to the scores: t steps become a few dozen; 0 takes "
+                             "them one by one", 1e-3),
     "radius": Flag(_number(int, 2), "pixel pairs closer than this, in stride-8 cells, have an affinity", 5),
     "device": Flag(str, "cpu, cuda or cuda:N; auto takes a GPU if there is one", "auto"),
     "precision": Flag(str, "arithmetic of the networks; bf16 is autocast, scores and losses stay float32", "fp32",
@@ -107,7 +109,7 @@ TRAINING = ("batch_size", "epochs", "lr", "head_lr", "momentum", "weight_decay",
 NETWORK = ("backbone", "width", "output_stride", "dilated")
 TRUNK = (*NETWORK, "pretrained")
 MAPS = ("scales", "flip", "labels")
-WALK = ("bg_alpha", "bg_threshold", "beta", "walk_steps", "radius")
+WALK = ("bg_alpha", "bg_threshold", "beta", "walk_steps", "walk_eps", "radius")
 
 
 class Parser(argparse.ArgumentParser):
