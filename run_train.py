@@ -12,7 +12,7 @@ from utils import recipes
 from utils.runtime import run_main
 
 COMMON = ("download", *flags.DATA, *flags.TRUNK, *flags.TRAINING, "model_path", "cam_dir", "output_dir", *flags.MACHINE)
-NAMES = {1: (*COMMON, "method", "cutmix", "long_side", *flags.MAPS),
+NAMES = {1: (*COMMON, "method", *flags.AVC, "cutmix", "long_side", *flags.MAPS),
          2: (*COMMON, "radius", "alpha_low", "alpha_high", "crf_preset")}
 DEFAULTS = {1: {"epochs": 8, "freeze": None, "head_lr": 1.0}, 2: {"epochs": 6, "batch_size": 8}}
 RECIPES = {1: recipes.STAGE1, 2: recipes.STAGE2}

@@ -97,8 +97,11 @@ def _resized(maps, size):
     return maps if len(maps) == 1 else torch.stack([maps[0], maps[1].flip(-1)])
 
 
-def normalised_cam(cam, keys, odds=None):
+def normalised_cam(cam, keys, odds=None, refined=False):
     """The maps of the classes `keys`, each divided by its own maximum: (len(keys), h, w) in [0, 1].
+
+    refined: whether the maps are averages by affinities, which leave a floor under them. It is taken away, and the map
+    sharpened so that what is halfway from it to the maximum meets the background score of the default alpha.
 
     odds: log-odds (h, w) of the common object, or None for plain CAMs.  With them, a pixel's map is the probability of
     the object, sharpened so that an undecided pixel meets the background score of the default alpha, shared out among
@@ -108,6 +111,9 @@ def normalised_cam(cam, keys, odds=None):
     if odds is not None and len(keys):
         share = (cam + 1e-6) / (cam.max(axis=0) + 1e-6)
         cam = share / (1 + np.exp(-np.clip(odds, -30, 30))) ** SHARPNESS
+    elif refined:
+        cam = cam - cam.min(axis=(1, 2), keepdims=True)
+        return (cam / np.maximum(cam.max(axis=(1, 2), keepdims=True), 1e-8)) ** SHARPNESS
     return cam / np.maximum(cam.max(axis=(1, 2), keepdims=True), 1e-8)
 
 
@@ -121,7 +127,7 @@ def image_cam(classifier, item, labels, options, device):
     logits, cam, odds = multi_scale_cam(classifier, item["views"], cam_size(item["size"], options["max_size"]),
                                         options["flip"], device, options["precision"])
     keys = label_keys(logits, labels, options["labels"])
-    return keys, normalised_cam(cam, keys, odds if classifier.common.fitted else None)
+    return keys, normalised_cam(cam, keys, odds if classifier.common.fitted else None, classifier.avc is not None)
 
 
 def cam_folder(path, record, classes, dataset_name, options):

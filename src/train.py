@@ -11,6 +11,7 @@ from models.build import build_network, pack, unpack
 from models.classifier import classification_loss
 from models.weights import load_pretrained
 from src import engine, inference, masks
+from src.avc import AVC_RECORD, avc_loss, last_epoch_counts
 from src.inference import WALK_STRIDE
 from utils.artifacts import Folder, read_manifest, write_json
 from utils.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
@@ -71,8 +72,10 @@ def _settle_method(network, options, pretrained):
     common = options["method"] == "common"
     if common and not pretrained:
         raise UserError("--method common reads pretrained features; pass --pretrained PATH, or --method cam")
+    if options["method"] == "avc" and options["cutmix"]:
+        raise UserError("--cutmix pastes images together, and --method avc asks what is one object; leave one of them out")
     if options["freeze"] is None:
-        options["freeze"] = needed if common else 2
+        options["freeze"] = needed if common or options["method"] == "avc" else 2
         print(f"Chose method={options['method']} freeze={options['freeze']}", file=sys.stderr)
     if common and options["freeze"] < needed:
         raise UserError(f"--method common needs the features of the pretrained trunk: pass --freeze {needed} or more, "
@@ -97,15 +100,18 @@ def run_stage1(dataset, options, device):
         raise UserError(f"no image of split {dataset.split} in {dataset.root} has a label; stage 1 needs image labels")
     torch.manual_seed(options["seed"])
     how = network_options("classifier", options, len(dataset.classes))
+    avc = options["method"] == "avc"
+    how.update(AVC_RECORD if avc else {})
     network = build_network(**how)
     initialise(network, options)
     learn, held = split_holdout(dataset, options["val_fraction"], options["seed"])
     crop = rounded_crop(options)
     augmentation = Augmentation(crop, long_side=tuple(options["long_side"] or (crop * part for part in LONG_SIDE)))
     samples = TrainingSamples(dataset.subset(learn), augmentation, options["seed"])
+    validate = _classifier_validation(dataset.subset(held), options, device) if held else None
     task = engine.Task(
-        "stage1", network, _classifier_loss(options["cutmix"]), samples, len(learn),
-        _classifier_validation(dataset.subset(held), options, device) if held else None,
+        "stage1", network, avc_loss(options, len(learn)) if avc else _classifier_loss(options["cutmix"]), samples,
+        len(learn), last_epoch_counts(validate) if avc else validate,
         lambda: {"classes": list(dataset.classes), "networks": {"classifier": pack(network, **how)}})
     best_path = engine.train(task, options, options["output_dir"], device)
     best = load_checkpoint(best_path)

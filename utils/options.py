@@ -53,8 +53,16 @@ FLAGS = {
                "auto", choices=("auto", "frozen", "train")),
     "freeze": Flag(natural, "how many of the trunk's first blocks stay as loaded (block 1 is the stem; 0 with "
                             "random weights)", 2),
-    "method": Flag(str, "maps of stage 1: cam, or common = the common-object head says where and the CAM which; "
-                        "left out: common with pretrained weights, cam with random ones", choices=("cam", "common")),
+    "method": Flag(str, "maps of stage 1: cam; common = the common-object head says where and the CAM which; avc = "
+                        "affinity vector consistency, a CAM refined by affinities that two views agree on; "
+                        "left out: common with pretrained weights, cam with random ones",
+                   choices=("cam", "common", "avc")),
+    "avc_equivariance": Flag(weight, "weight of AVC's term that two views have the same affinity vectors; 0: none", 1.0),
+    "avc_agreement": Flag(weight, "weight of AVC's term that cells of one label have the same vector; 0: none", 1.0),
+    "avc_separation": Flag(weight, "weight of AVC's term that cells of different labels have no affinity; 0: none", 1.0),
+    "avc_consistency": Flag(weight, "weight of AVC's term that two views' refined maps are the same; 0: none", 1.0),
+    "avc_start": Flag(_number(float, 0, 0.9), "share of the training after which AVC's terms set in: until then the "
+                                              "CAMs form", 0.2),
     "cutmix": Flag(share, "share of the steps whose images get a rectangle of another, and its labels (CutMix)", 0.0),
     "batch_size": Flag(count, "images per step", 16),
     "epochs": Flag(count, "passes over the training images"),
@@ -109,6 +117,7 @@ TRAINING = ("batch_size", "epochs", "lr", "head_lr", "momentum", "weight_decay",
 NETWORK = ("backbone", "width", "output_stride", "dilated")
 TRUNK = (*NETWORK, "pretrained")
 MAPS = ("scales", "flip", "labels")
+AVC = ("avc_equivariance", "avc_agreement", "avc_separation", "avc_consistency", "avc_start")
 WALK = ("bg_alpha", "bg_threshold", "beta", "walk_steps", "walk_eps", "radius")
 
 
