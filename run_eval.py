@@ -19,11 +19,15 @@ OF_MASKS = ("labels", "bg_alpha", "beta", "walk_steps", "walk_eps")  # inherited
 def main(argv=None):
     parser = flags.Parser(__doc__, NAMES, recipes.MASKS, output_dir="output/eval", crf_preset="mctformer",
                           model_path="output/stage2_resnet50/model_best.pth.tar")
+    flags.add_show_affinity(parser)
     args = parser.parse_args(argv)
+    if args.mask_dir and args.show_affinity:
+        parser.error("--show_affinity needs networks, and --mask_dir has none; pass --model_path instead of --mask_dir")
     if args.mask_dir and args.model_path:
         parser.error("--mask_dir scores masks as they are and --model_path makes them; pass one of them")
     from src import eval as evaluation
     from src import inference
+    from src.affinity_maps import show_affinity, shown_images
     from src.start import begin, open_split, settle_labels
     if args.mask_dir:
         payload, stages = None, [evaluation.Stage("masks", "mask", Path(args.mask_dir))]
@@ -44,6 +48,8 @@ def main(argv=None):
     if payload is not None:
         stages = evaluation.checkpoint_stages(payload, dataset, vars(args), device)
     evaluation.evaluate(dataset, stages, vars(args))
+    if args.show_affinity:
+        show_affinity(payload, shown_images(dataset, None), args.show_affinity, vars(args), device)
     return 0
 
 

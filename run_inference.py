@@ -22,6 +22,7 @@ def build_parser():
     parser.add_argument("--save_overlays", action="store_true", help="also write the masks laid over the images")
     parser.add_argument("--save_walk", action="store_true",
                         help="also write the propagation of up to 8 images as animated GIFs to <output_dir>/walks")
+    flags.add_show_affinity(parser)
     return parser
 
 
@@ -29,6 +30,7 @@ def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     from src import inference
+    from src.affinity_maps import show_affinity, shown_images
     from src.start import begin, open_split, settle_labels
     payload, args.model_path = inference.open_checkpoint(args.model_path, parser.flags["model_path"],
                                                          args.cam_dir or parser.flags["cam_dir"])
@@ -40,7 +42,7 @@ def main(argv=None):
         args.labels = "predicted"
         dataset, paths = None, inference.list_images(Path(args.images))
     else:
-        dataset = open_split(args)
+        dataset, paths = open_split(args), None
         inference.settle_classes(payload, dataset, args.model_path)
         settle_labels(args, dataset)
     device = begin("Step 3", args, dataset)
@@ -50,6 +52,8 @@ def main(argv=None):
         inference.run_images(payload, paths, vars(args), device)
     else:
         inference.run(payload, dataset, vars(args), device)
+    if args.show_affinity:
+        show_affinity(payload, shown_images(dataset, paths), args.show_affinity, vars(args), device)
     return 0
 
 

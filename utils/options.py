@@ -160,6 +160,21 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
+def add_show_affinity(parser):
+    """Declare --show_affinity X,Y of steps 3 and 4."""
+    parser.add_argument("--show_affinity", type=point, metavar="X,Y", help="also write heat maps of the affinity of "
+                        "pixel X,Y with all others to <output_dir>/affinity: of the CAM network and of AffinityNet, "
+                        "for --images or the first 8 images of the split")
+
+
+def point(text):
+    """X,Y -> (x, y) in pixels, from the image's upper left corner."""
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text} is no pixel; pass two whole numbers such as 120,80")
+    return tuple(map(int, parts))
+
+
 def _recipe_lines(what, recipes):
     return [f"defaults by {what}:"] * bool(recipes) + [f"  {name}: {_listed(recipe)}" for name, recipe in recipes.items()]
 

@@ -1,0 +1,93 @@
+"""The affinity vector of a chosen pixel as a heat map over its image, for the CAM network and for AffinityNet."""
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.avc import affinity
+from models.build import unpack
+from models.fuse import for_inference
+from src.engine import autocast
+from src.inference import WALK_STRIDE
+from utils.errors import UserError
+from utils.images import read_image
+from utils.loader import scaled_views
+from utils.log import progress
+from utils.maps import resize_maps
+from utils.visualize import heatmap, overlay, save_picture
+
+COUNT = 8   # images of a split that are shown
+MARK = 255, 0, 0
+STEMS = {"classifier": "cam", "affinity": "affinitynet"}
+
+
+def show_affinity(payload, named_images, chosen, options, device):
+    """Write <output_dir>/affinity/<name>_cam.png and, of a stage-2 checkpoint, <name>_affinitynet.png.
+
+    named_images: list of (name, uint8 (H, W, 3)).  chosen: (x, y) in pixels of the images.
+    Raises UserError, before anything is written, if an image is too small to have that pixel.
+    """
+    for name, image in named_images:
+        _check_inside(chosen, name, image)
+    folder = Path(options["output_dir"]) / "affinity"
+    networks = {kind: for_inference(unpack(payload["networks"][kind]), device)
+                for kind in STEMS if kind in payload["networks"]}
+    for name, image in progress(named_images, "affinity", len(named_images)):
+        for kind, network in networks.items():
+            view = scaled_views(image, (1.0,), options["max_size"],
+                                network.trunk.stride if kind == "classifier" else WALK_STRIDE)[0]
+            vector = affinity_vector(kind, network, view, place(chosen, image.shape[:2]), device, options["precision"])
+            save_picture(folder / f"{name}_{STEMS[kind]}.png", picture(image, vector, chosen))
+    print(f"Wrote the affinity of pixel {chosen[0]},{chosen[1]} in {len(named_images)} images to {folder}")
+
+
+def shown_images(dataset, paths):
+    """The first COUNT images of a split, or all of a list of files: list of (name, uint8 (H, W, 3))."""
+    if dataset is None:
+        return [(path.stem, read_image(path)) for path in paths]
+    return [(dataset.ids[i], dataset.image(i)) for i in range(min(COUNT, len(dataset)))]
+
+
+def _check_inside(chosen, name, image):
+    height, width = image.shape[:2]
+    if chosen[0] >= width or chosen[1] >= height:
+        raise UserError(f"--show_affinity {chosen[0]},{chosen[1]}: {name} is {width}x{height} pixels; pass an X below "
+                        f"{width} and a Y below {height}, or other images")
+
+
+def place(chosen, size):
+    """(x, y) in pixels -> (row, column) in [0, 1], the first and last pixels at 0 and 1.  size: (H, W)."""
+    return tuple(at / max(1, side - 1) for at, side in zip(chosen[::-1], size))
+
+
+@torch.no_grad()
+def affinity_vector(kind, network, view, at, device, precision):
+    """Affinities of the grid cell nearest to a place with all cells: (h, w) float32 in [0, 1], numpy.
+
+    kind: "classifier": ReLU of cosines of its unit features (of its affinity head, if it has one);
+    "affinity": exp(-mean |f_i - f_j|).  view: (3, H, W) normalised.  at: (row, column) in [0, 1], see `place`.
+    """
+    images = view[None].to(device, memory_format=torch.channels_last)
+    with autocast(device, precision):
+        if kind == "classifier":
+            features = network.unit_features(network.trunk(images)[network.trunk.stages[1]])
+        else:
+            features = network(images)
+    h, w = features.shape[-2:]
+    row, column = round(at[0] * (h - 1)), round(at[1] * (w - 1))
+    if kind == "classifier":
+        return affinity(features)[0, row * w + column].reshape(h, w).cpu().numpy()
+    features = features[0].float()
+    return torch.exp(-(features - features[:, row, column, None, None]).abs().mean(dim=0)).cpu().numpy()
+
+
+def picture(image, vector, chosen):
+    """The heat map of an affinity vector (h, w) over its image, the chosen pixel marked with a cross."""
+    size = image.shape[:2]
+    drawn = overlay(image, heatmap(resize_maps(vector[None], size)[0]), 0.6)
+    arm = max(2, min(size) // 40)
+    x, y = chosen
+    thick = max(1, arm // 4)
+    drawn[max(0, y - thick):y + thick + 1, max(0, x - arm):x + arm + 1] = np.uint8(MARK)
+    drawn[max(0, y - arm):y + arm + 1, max(0, x - thick):x + thick + 1] = np.uint8(MARK)
+    return drawn
