@@ -113,7 +113,7 @@ def normalised_cam(cam, keys, odds=None, refined=False):
         cam = share / (1 + np.exp(-np.clip(odds, -30, 30))) ** SHARPNESS
     elif refined:
         cam = cam - cam.min(axis=(1, 2), keepdims=True)
-        return (cam / np.maximum(cam.max(axis=(1, 2), keepdims=True), 1e-8)) ** SHARPNESS
+        cam = (cam / np.maximum(cam.max(axis=(1, 2), keepdims=True), 1e-8)) ** SHARPNESS
     return cam / np.maximum(cam.max(axis=(1, 2), keepdims=True), 1e-8)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from models import avc
 from models.build import build_network, pack, unpack
-from src.avc import View, _terms, avc_loss, cut, draw_view, Pair, ramp, shown_pixels, valid_cells
+from src.avc import Pair, View, _terms, avc_loss, cut, draw_view, ramp, shown_pixels, valid_cells
 
 GRID = (5, 7)
 N = GRID[0] * GRID[1]
@@ -115,7 +115,7 @@ def test_equivariance_equals_a_loop_and_stops_the_target_gradient():
     value = avc.equivariance(first, second, valid)
     rows = [1 - torch.cosine_similarity(first[b, i, valid[b]], second[b, i, valid[b]], dim=0)
             for b in range(2) for i in range(N) if valid[b, i]]
-    assert float(value) == pytest.approx(float(torch.stack(rows).mean()), abs=1e-5)
+    assert value.item() == pytest.approx(torch.stack(rows).mean().item(), abs=1e-5)
     value.backward()
     own = first.grad.clone()
     half = (1 - torch.cosine_similarity(first * valid[:, None], second.detach() * valid[:, None], dim=2))[valid]
@@ -186,7 +186,7 @@ def test_every_term_is_zero_with_a_finite_gradient_where_nothing_is_valid_or_rel
     refined = avc.unit_range(avc.refine(cam[..., None], vectors, 2).flatten(2), nowhere)
     terms = [avc.equivariance(matrix, matrix, nowhere), avc.agreement(vectors, labels), avc.separation(unit, labels),
              avc.cam_consistency(refined, refined, torch.ones(2, 3, dtype=torch.bool), nowhere)]
-    assert [float(term) for term in terms] == [0, 0, 0, 0]
+    assert [term.item() for term in terms] == [0, 0, 0, 0]
     (sum(terms)).backward()
     assert torch.isfinite(unit.grad).all()
 

@@ -1,0 +1,101 @@
+"""AVC through the real scripts, on a few toy images: training, resuming, evaluation, affinity maps, refusals."""
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from script_runs import DATA, MACHINE, chain, checkpoint, finish, picture, run, start
+
+from data.make_toy import make_toy
+
+COMMAND = ("run_train.py", "--stage", 1, "--method", "avc", "--backbone", "resnet18", "--pretrained", "none",
+           "--crop_size", 65, "--scales", 1, "--epochs", 3, "--batch_size", 4, *MACHINE)
+RUN = "output/stage1_resnet18"
+
+
+@chain
+def avc_run(folder, get):
+    """Stage 1 with AVC, its evaluation, and the same training interrupted and resumed."""
+    make_toy(folder / DATA, train=12, test=2, classes=2, size=56)
+    run(folder, *COMMAND)
+    scored = run(folder, "run_eval.py", "--model_path", f"{RUN}/model_best.pth.tar", "--show_affinity", "10,20", *MACHINE)
+    other = folder / "other"
+    make_toy(other / DATA, train=12, test=2, classes=2, size=56)
+    _interrupt(start(other, *COMMAND), other / RUN / "log.jsonl", lines=4)
+    changed = finish(start(other, *COMMAND, "--resume", "--avc_separation", 0.5))
+    resumed = run(other, *COMMAND, "--resume")
+    return SimpleNamespace(folder=folder, other=other, scored=scored, resumed=resumed, changed=changed)
+
+
+def _interrupt(process, log, lines):
+    deadline = time.monotonic() + 90
+    while not log.is_file() or len(log.read_text().splitlines()) < lines:
+        assert process.poll() is None and time.monotonic() < deadline, finish(process).stderr
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    return finish(process)
+
+
+def test_resuming_ends_with_the_same_bits(avc_run):
+    whole, resumed = (checkpoint(home / RUN / "model_best.pth.tar")["networks"]["classifier"]
+                      for home in (avc_run.folder, avc_run.other))
+    assert "Resuming" in avc_run.resumed.stderr, avc_run.resumed.stderr
+    different = [name for name in whole["state"] if not torch.equal(whole["state"][name], resumed["state"][name])]
+    assert not different, f"{len(different)} tensors differ, such as {different[0]}"
+
+
+def test_resuming_with_another_weight_is_refused(avc_run):
+    assert avc_run.changed.returncode == 1 and "avc_separation was 1.0, is 0.5" in avc_run.changed.stderr
+
+
+def test_the_record_builds_the_head_and_the_cams_are_in_range(avc_run):
+    record = checkpoint(avc_run.folder / RUN / "model_best.pth.tar")["networks"]["classifier"]
+    assert record["affinity_dims"] == 32 and record["affinity_steps"] == 4
+    assert record["state"]["avc.steps"] > 0, "the last epoch's weights were not kept"
+    for path in (avc_run.folder / "data" / "cams").glob("*.npz"):
+        with np.load(path) as stored:
+            assert 0 <= stored["cam"].min() and stored["cam"].max() <= 1, path.name
+
+
+def test_the_log_holds_every_term(avc_run):
+    first = (avc_run.folder / RUN / "log.jsonl").read_text().splitlines()[0]
+    assert all(f'"{name}"' in first for name in
+               ("classification", "equivariance", "agreement", "separation", "consistency")), first
+
+
+def test_a_checkpoint_alone_is_scored_and_shows_affinity(avc_run):
+    assert "seed" in avc_run.scored.stdout, avc_run.scored.stdout
+    shown = sorted((avc_run.folder / "output" / "eval" / "affinity").glob("*_cam.png"))
+    assert len(shown) == 8, f"{len(shown)} pictures instead of the first 8 images'"
+    image_id = shown[0].name.removesuffix("_cam.png")
+    with Image.open(shown[0]) as drawn, Image.open(next((avc_run.folder / DATA).rglob(f"{image_id}.jpg"))) as image:
+        assert drawn.size == image.size
+        assert drawn.getpixel((10, 20)) == (255, 0, 0), "the chosen pixel is not marked"
+
+
+def test_inference_shows_the_affinity_of_both_networks(pipeline, tmp_path):
+    image = picture(tmp_path / "ellipse.jpg")
+    run(pipeline.folder, "run_inference.py", "--model_path", "output/stage2_resnet18/model_best.pth.tar", "--images",
+        image, "--output_dir", tmp_path / "out", "--show_affinity", "30,25", *MACHINE)
+    names = sorted(path.name for path in (tmp_path / "out" / "affinity").iterdir())
+    assert names == ["ellipse_affinitynet.png", "ellipse_cam.png"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("run_inference.py", "--images", "ellipse.jpg", "--show_affinity", "61,0"), ("61,0", "61x50", "X below 61")),
+    (("run_inference.py", "--show_affinity", "12"), ("12", "two whole numbers")),
+    (("run_eval.py", "--mask_dir", "masks", "--show_affinity", "1,1"), ("--model_path",)),
+    (("run_train.py", "--stage", 1, "--method", "avc", "--cutmix", 0.5, "--pretrained", "none"), ("--cutmix",)),
+    (("run_train.py", "--stage", 1, "--avc_start", 0.95), ("0.9",)),
+])
+def test_mistakes_end_with_one_line_and_a_remedy(pipeline, flags, words):
+    picture(pipeline.folder / "ellipse.jpg")
+    extra = ("--model_path", "output/stage2_resnet18/model_best.pth.tar") if flags[0] == "run_inference.py" else ()
+    done = finish(start(pipeline.folder, *flags, *extra, "--output_dir", "output/refused", "--device", "cpu"))
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
+    assert all(word in last for word in words), last
