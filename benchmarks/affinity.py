@@ -13,11 +13,14 @@ from models.avc import affinity
 from models.build import unpack
 from models.fuse import for_inference
 from models.weights import load_model
+from src.affinity_maps import affinity_vector, picture, place
 from src.engine import autocast
 from utils.datasets import open_dataset
-from utils.loader import WholeImages, whole_image_loader
+from utils.loader import WholeImages, scaled_views, whole_image_loader
 from utils.log import progress
+from utils.maps import capped_size, resize_image
 from utils.runtime import run_main
+from utils.visualize import panel
 
 IGNORE = 255
 
@@ -72,6 +75,21 @@ def measure(network, dataset, max_size, precision, workers):
     return np.mean([entry for entry in found if entry is not None], axis=0)
 
 
+def draw(networks, dataset, max_size, precision, path, count=4):
+    """Affinity of the middle pixel of images spread over the split, one column a network; written to `path` (JPEG)."""
+    rows = []
+    for index in np.linspace(0, len(dataset) - 1, count + 2).astype(int)[1:-1]:
+        image = dataset.image(int(index))
+        image = resize_image(image, capped_size(image.shape[:2], max_size))
+        middle = image.shape[1] // 2, image.shape[0] // 2
+        vectors = [affinity_vector("classifier", network, scaled_views(image, (1.0,), max_size, network.trunk.stride)[0],
+                                   place(middle, image.shape[:2]), torch.device("cpu"), precision)
+                   for network in networks]
+        rows.append([image, *(picture(image, vector, middle) for vector in vectors)])
+    titles = ["image", "before", "after"] if len(networks) == 2 else ["image", *map(str, range(1, len(networks) + 1))]
+    panel(rows, titles).convert("RGB").save(path, format="JPEG", quality=85)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="stage-1 checkpoints, ours or published")
@@ -81,11 +99,15 @@ def main():
     parser.add_argument("--max_size", type=int, default=256, help="long side in pixels (default: %(default)s)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="(default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="reading processes (default: %(default)s)")
+    parser.add_argument("--picture", metavar="FILE.jpg", help="also draw the affinity of the middle pixel of 4 images")
     args = parser.parse_args()
     dataset = open_dataset("pet", args.data_root, args.split, None, args.ids)
     print(f"{'in object':>10}{'across':>10}{'background':>12}{'ROC area':>10}")
-    for path in args.checkpoints:
-        network = for_inference(unpack(load_model(path, steps=("stage1",))["networks"]["classifier"]))
+    networks = [for_inference(unpack(load_model(path, steps=("stage1",))["networks"]["classifier"]))
+                for path in args.checkpoints]
+    if args.picture:
+        draw(networks, dataset, args.max_size, args.precision, args.picture)
+    for path, network in zip(args.checkpoints, networks):
         same, across, ground, area = measure(network, dataset, args.max_size, args.precision, args.workers)
         print(f"{same:>10.3f}{across:>10.3f}{ground:>12.3f}{area:>10.3f}  {path}")
 
