@@ -82,9 +82,10 @@ def draw(networks, dataset, max_size, precision, path, count=4):
         image = dataset.image(int(index))
         image = resize_image(image, capped_size(image.shape[:2], max_size))
         middle = image.shape[1] // 2, image.shape[0] // 2
-        vectors = [affinity_vector("classifier", network, scaled_views(image, (1.0,), max_size, network.trunk.stride)[0],
-                                   place(middle, image.shape[:2]), torch.device("cpu"), precision)
-                   for network in networks]
+        at, vectors = place(middle, image.shape[:2]), []
+        for network in networks:
+            view = scaled_views(image, (1.0,), max_size, network.trunk.stride)[0]
+            vectors.append(affinity_vector("classifier", network, view, at, torch.device("cpu"), precision))
         rows.append([image, *(picture(image, vector, middle) for vector in vectors)])
     titles = ["image", "before", "after"] if len(networks) == 2 else ["image", *map(str, range(1, len(networks) + 1))]
     panel(rows, titles).convert("RGB").save(path, format="JPEG", quality=85)

@@ -213,7 +213,7 @@ def reliable_labels(cam, present, valid, low, high):
 
 
 def anchored(refined, seeds, present):
-    """Refined maps on a scale where the mean over a class's own seeds is 1 and that over the background's is 0, clipped.
+    """Refined maps, clipped, on a scale where their mean over own seeds is 1 and that over the background's is 0.
 
     refined: (B, K, N).  seeds: (B, N) labels of `reliable_labels` from the plain CAM.  present: (B, K) bool.
     A map whose seeds do not stand out from the background, or that has none, comes back as 0.5: reliable nowhere.

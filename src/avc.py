@@ -138,7 +138,8 @@ def _terms(network, pair, present, weights, relabel):
         if weights["consistency"]:
             found["consistency"] = avc.cam_consistency(
                 _refined(cam, vectors, network, both),
-                _refined(other_cam, avc.affinity_vectors(other_matrix, other_valid), network, both, back), present, both)
+                _refined(other_cam, avc.affinity_vectors(other_matrix, other_valid), network, both, back),
+                present, both)
         if weights["agreement"] or weights["separation"]:
             labels = _labels(torch.where(both[:, None], (cam + other_cam @ back.T) / 2, cam), vectors.detach(), present,
                              valid, network.affinity_steps if relabel else 0)

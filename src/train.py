@@ -73,7 +73,8 @@ def _settle_method(network, options, pretrained):
     if common and not pretrained:
         raise UserError("--method common reads pretrained features; pass --pretrained PATH, or --method cam")
     if options["method"] == "avc" and options["cutmix"]:
-        raise UserError("--cutmix pastes images together, and --method avc asks what is one object; leave one of them out")
+        raise UserError("--cutmix pastes images together, and --method avc asks what is one object; "
+                        "leave one of them out")
     if options["freeze"] is None:
         options["freeze"] = needed if common or options["method"] == "avc" else 2
         print(f"Chose method={options['method']} freeze={options['freeze']}", file=sys.stderr)

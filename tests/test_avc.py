@@ -212,7 +212,8 @@ def test_padding_never_counts():
 
 def test_reliable_labels_keep_what_is_sure_of_the_images_own_classes():
     cam = torch.tensor([[[0.9, 0.05, 0.3, 0.9], [0.95, 0.0, 0.0, 0.99]]])
-    labels = avc.reliable_labels(cam, torch.tensor([[True, False]]), torch.tensor([[True, True, True, False]]), 0.1, 0.4)
+    valid = torch.tensor([[True, True, True, False]])
+    labels = avc.reliable_labels(cam, torch.tensor([[True, False]]), valid, 0.1, 0.4)
     assert labels.tolist() == [[1, 0, avc.IGNORE, avc.IGNORE]]
     none = avc.reliable_labels(cam, torch.tensor([[False, False]]), torch.ones(1, 4, dtype=torch.bool), 0.1, 0.4)
     assert (none == avc.IGNORE).all(), "an image without labels has no reliable cell"

@@ -22,7 +22,8 @@ def avc_run(folder, get):
     """Stage 1 with AVC, its evaluation, and the same training interrupted and resumed."""
     make_toy(folder / DATA, train=12, test=2, classes=2, size=56)
     run(folder, *COMMAND)
-    scored = run(folder, "run_eval.py", "--model_path", f"{RUN}/model_best.pth.tar", "--show_affinity", "10,20", *MACHINE)
+    scored = run(folder, "run_eval.py", "--model_path", f"{RUN}/model_best.pth.tar", "--show_affinity", "10,20",
+                 *MACHINE)
     other = folder / "other"
     make_toy(other / DATA, train=12, test=2, classes=2, size=56)
     _interrupt(start(other, *COMMAND), other / RUN / "log.jsonl", lines=4)

@@ -57,9 +57,11 @@ FLAGS = {
                         "affinity vector consistency, a CAM refined by affinities that two views agree on; "
                         "left out: common with pretrained weights, cam with random ones",
                    choices=("cam", "common", "avc")),
-    "avc_equivariance": Flag(weight, "weight of AVC's term that two views have the same affinity vectors; 0: none", 2.0),
+    "avc_equivariance": Flag(weight, "weight of AVC's term that two views have the same affinity vectors; 0: none",
+                             2.0),
     "avc_agreement": Flag(weight, "weight of AVC's term that cells of one label have the same vector; 0: none", 0.2),
-    "avc_separation": Flag(weight, "weight of AVC's term that cells of different labels have no affinity; 0: none", 1.0),
+    "avc_separation": Flag(weight, "weight of AVC's term that cells of different labels have no affinity; 0: none",
+                           1.0),
     "avc_consistency": Flag(weight, "weight of AVC's term that two views' refined maps are the same; 0: none", 1.0),
     "avc_start": Flag(_number(float, 0, 0.9), "share of the training after which AVC's terms set in: until then the "
                                               "CAMs form", 0.2),
