@@ -42,14 +42,15 @@ def main(argv=None):
     if payload is not None:
         inference.settle_classes(payload, dataset, args.model_path)
     settle_labels(args, dataset)
+    shown = shown_images(args.show_affinity, dataset)
     device = begin("Step 4", args, dataset)
     if args.dry_run:
         return 0
     if payload is not None:
         stages = evaluation.checkpoint_stages(payload, dataset, vars(args), device)
     evaluation.evaluate(dataset, stages, vars(args))
-    if args.show_affinity:
-        show_affinity(payload, shown_images(dataset, None), args.show_affinity, vars(args), device)
+    if shown:
+        show_affinity(payload, shown, args.show_affinity, vars(args), device)
     return 0
 
 

@@ -45,6 +45,7 @@ def main(argv=None):
         dataset, paths = open_split(args), None
         inference.settle_classes(payload, dataset, args.model_path)
         settle_labels(args, dataset)
+    shown = shown_images(args.show_affinity, dataset, paths)
     device = begin("Step 3", args, dataset)
     if args.dry_run:
         return 0
@@ -52,8 +53,8 @@ def main(argv=None):
         inference.run_images(payload, paths, vars(args), device)
     else:
         inference.run(payload, dataset, vars(args), device)
-    if args.show_affinity:
-        show_affinity(payload, shown_images(dataset, paths), args.show_affinity, vars(args), device)
+    if shown:
+        show_affinity(payload, shown, args.show_affinity, vars(args), device)
     return 0
 
 

@@ -10,7 +10,7 @@ from models.fuse import for_inference
 from src.engine import autocast
 from src.inference import WALK_STRIDE
 from utils.errors import UserError
-from utils.images import read_image
+from utils.images import image_size, read_image
 from utils.loader import scaled_views
 from utils.log import progress
 from utils.maps import resize_maps
@@ -21,38 +21,38 @@ MARK = 255, 0, 0
 STEMS = {"classifier": "cam", "affinity": "affinitynet"}
 
 
-def show_affinity(payload, named_images, chosen, options, device):
+def show_affinity(payload, paths, chosen, options, device):
     """Write <output_dir>/affinity/<name>_cam.png and, of a stage-2 checkpoint, <name>_affinitynet.png.
 
-    named_images: list of (name, uint8 (H, W, 3)).  chosen: (x, y) in pixels of the images.
-    Raises UserError, before anything is written, if an image is too small to have that pixel.
+    paths: of the images, from `shown_images`.  chosen: (x, y) in pixels of the images.
     """
-    for name, image in named_images:
-        _check_inside(chosen, name, image)
     folder = Path(options["output_dir"]) / "affinity"
     networks = {kind: for_inference(unpack(payload["networks"][kind]), device)
                 for kind in STEMS if kind in payload["networks"]}
-    for name, image in progress(named_images, "affinity", len(named_images)):
+    for path in progress(paths, "affinity", len(paths)):
+        image = read_image(path)
         for kind, network in networks.items():
             view = scaled_views(image, (1.0,), options["max_size"],
                                 network.trunk.stride if kind == "classifier" else WALK_STRIDE)[0]
             vector = affinity_vector(kind, network, view, place(chosen, image.shape[:2]), device, options["precision"])
-            save_picture(folder / f"{name}_{STEMS[kind]}.png", picture(image, vector, chosen))
-    print(f"Wrote the affinity of pixel {chosen[0]},{chosen[1]} in {len(named_images)} images to {folder}")
+            save_picture(folder / f"{path.stem}_{STEMS[kind]}.png", picture(image, vector, chosen))
+    print(f"Wrote the affinity of pixel {chosen[0]},{chosen[1]} in {len(paths)} images to {folder}")
 
 
-def shown_images(dataset, paths):
-    """The first COUNT images of a split, or all of a list of files: list of (name, uint8 (H, W, 3))."""
-    if dataset is None:
-        return [(path.stem, read_image(path)) for path in paths]
-    return [(dataset.ids[i], dataset.image(i)) for i in range(min(COUNT, len(dataset)))]
+def shown_images(chosen, dataset, paths=None):
+    """Paths of the images to show: all of `paths`, or the first COUNT of a split; none if no pixel was chosen.
 
-
-def _check_inside(chosen, name, image):
-    height, width = image.shape[:2]
-    if chosen[0] >= width or chosen[1] >= height:
-        raise UserError(f"--show_affinity {chosen[0]},{chosen[1]}: {name} is {width}x{height} pixels; pass an X below "
-                        f"{width} and a Y below {height}, or other images")
+    Raises UserError, before the step's work, if one is too small to have the pixel (x, y).
+    """
+    if chosen is None:
+        return []
+    paths = paths or [dataset.image_path(i) for i in range(min(COUNT, len(dataset)))]
+    for path in paths:
+        height, width = image_size(path)
+        if chosen[0] >= width or chosen[1] >= height:
+            raise UserError(f"--show_affinity {chosen[0]},{chosen[1]}: {path} is {width}x{height} pixels; pass an X "
+                            f"below {width} and a Y below {height}, or other images")
+    return paths
 
 
 def place(chosen, size):
