@@ -2,8 +2,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,16 @@ def finish(process, timeout=120):
         out, err = process.communicate()
         raise AssertionError(f"still running after {timeout} s: {process.args}\n{err[-2000:]}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def interrupt(process, log, lines):
+    """Press Ctrl-C, which reaches the whole process group, once the log has so many lines."""
+    deadline = time.monotonic() + 90
+    while not log.is_file() or len(log.read_text().splitlines()) < lines:
+        assert process.poll() is None and time.monotonic() < deadline, finish(process).stderr
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    return finish(process)
 
 
 def fork(folder, jobs):

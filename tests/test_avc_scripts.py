@@ -1,14 +1,11 @@
 """AVC through the real scripts, on a few toy images: training, resuming, evaluation, affinity maps, refusals."""
-import os
-import signal
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from script_runs import DATA, MACHINE, STAGE2, chain, checkpoint, files, finish, picture, run, start
+from script_runs import DATA, MACHINE, STAGE2, chain, checkpoint, files, finish, interrupt, picture, run, start
 from test_refusals import check_one_line
 
 from data.make_toy import make_toy
@@ -27,19 +24,10 @@ def avc_run(folder, get):
                  *MACHINE)
     other = folder / "other"
     make_toy(other / DATA, train=12, test=2, classes=2, size=56)
-    _interrupt(start(other, *COMMAND), other / RUN / "log.jsonl", lines=4)
+    interrupt(start(other, *COMMAND), other / RUN / "log.jsonl", lines=4)
     changed = finish(start(other, *COMMAND, "--resume", "--avc_separation", 0.5))
     resumed = run(other, *COMMAND, "--resume")
     return SimpleNamespace(folder=folder, other=other, scored=scored, resumed=resumed, changed=changed)
-
-
-def _interrupt(process, log, lines):
-    deadline = time.monotonic() + 90
-    while not log.is_file() or len(log.read_text().splitlines()) < lines:
-        assert process.poll() is None and time.monotonic() < deadline, finish(process).stderr
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    return finish(process)
 
 
 def test_resuming_ends_with_the_same_bits(avc_run):

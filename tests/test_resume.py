@@ -1,12 +1,9 @@
 """Ctrl-C and --resume through the real script: an interrupted run ends where an uninterrupted one does."""
 import json
-import os
-import signal
-import time
 from types import SimpleNamespace
 
 import torch
-from script_runs import DATA, chain, checkpoint, finish, read_json, run, start
+from script_runs import DATA, chain, checkpoint, finish, interrupt, read_json, run, start
 
 from data.make_toy import make_toy
 
@@ -27,23 +24,13 @@ def interrupted(folder, get):
     """Stopped after a few steps, refused twice, then resumed.  What each run said, and what lay there in between."""
     make_toy(folder / DATA, train=12, test=1, classes=2, size=48)
     none = finish(start(folder, *COMMAND, "--resume"))
-    stopped = _interrupt(start(folder, *COMMAND), folder / RUN / "log.jsonl", lines=4)
+    stopped = interrupt(start(folder, *COMMAND), folder / RUN / "log.jsonl", lines=4)
     state = checkpoint(folder / RUN / "checkpoint.pth.tar")
     cams = (folder / "data" / "cams").exists()
     other = finish(start(folder, *COMMAND, "--resume", "--lr", 0.003))
     resumed = run(folder, *COMMAND, "--resume")
     return SimpleNamespace(folder=folder, none=none, stopped=stopped, state=state, cams=cams, other=other,
                            resumed=resumed)
-
-
-def _interrupt(process, log, lines):
-    """Press Ctrl-C, which reaches the whole process group, once the log has so many lines."""
-    deadline = time.monotonic() + 90
-    while not log.is_file() or len(log.read_text().splitlines()) < lines:
-        assert process.poll() is None and time.monotonic() < deadline, finish(process).stderr
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    return finish(process)
 
 
 def test_ctrl_c_ends_with_130_keeps_the_state_and_says_how_to_go_on(interrupted):
