@@ -92,9 +92,13 @@ class Pictures:
     folders: tuple
     classes: int
 
+    def find(self, image_id):
+        """The path of an image's mask, or None if no folder has it."""
+        paths = (folder / f"{image_id}.png" for folder in self.folders)
+        return next((path for path in paths if path.is_file()), None)
+
     def __call__(self, image_id, _):
-        paths = [folder / f"{image_id}.png" for folder in self.folders]
-        path = next((path for path in paths if path.is_file()), paths[0])
+        path = self.find(image_id) or self.folders[0] / f"{image_id}.png"
         return path, translated(path, read_grey(path), *class_values(self.classes))
 
 

@@ -87,8 +87,7 @@ class VocMasks:
 
     def __call__(self, image_id, labels):
         path = None if self.sbd is None else self.sbd / "cls" / f"{image_id}.mat"
-        if path is None or not path.is_file() or any((folder / f"{image_id}.png").is_file()
-                                                     for folder in self.pictures.folders):
+        if path is None or self.pictures.find(image_id) or not path.is_file():
             return self.pictures(image_id, labels)
         return path, translated(path, _read_mat(path), *class_values(len(CLASSES)))
 
