@@ -13,13 +13,15 @@ from models.fuse import for_inference
 from models.weights import load_model
 from src import masks
 from src.engine import autocast
-from utils.artifacts import Folder, load_cam, read_manifest, run_dir, save_arrays, save_cam
+from utils import distributed
+from utils.artifacts import Folder, load_cam, made_of, read_manifest, run_dir, save_arrays, save_cam
 from utils.checkpoint import is_checkpoint
 from utils.errors import UserError
 from utils.images import SUFFIXES, read_image
 from utils.loader import WholeImages, scaled_views, whole_image_loader
 from utils.log import environment, progress
 from utils.maps import capped_size, foreground_share, resize_image, resize_maps, with_background
+from utils.options import skips_bad
 from utils.random_walk import half_disc, random_walk, walk_frames
 from utils.visualize import heatmap, overlay, overlay_mask, save_gif, save_mask, save_picture
 
@@ -143,11 +145,13 @@ def make_cams(record, dataset, folder, options, device):
     pending = folder.pending(dataset)
     if pending.ids:
         classifier = for_inference(unpack(record), device)
-        images = WholeImages(pending, options["scales"], options["max_size"], classifier.trunk.stride)
+        images = WholeImages(pending, options["scales"], options["max_size"], classifier.trunk.stride,
+                             skip_bad=skips_bad(options))
         for item in progress(whole_image_loader(images, options["workers"], device), "CAM", len(pending)):
             index = item["index"]
             keys, cam = image_cam(classifier, item, pending.label(index), options, device)
             save_cam(folder.path, pending.ids[index], keys, cam, item["size"])
+        folder.failures.update(images.failures)
     folder.finish(dataset.ids, options, environment(device))
 
 
@@ -179,17 +183,19 @@ def make_walks(record, dataset, cams, folder, options, device):
     if folder.holds(dataset):
         print(f"Using the walked scores in {folder.path}: same networks and options")
         return  # its manifest stays as it is: that of the masks made from it holds its hash
+    dataset = made_of(dataset, cams.path)
     folder.begin()
     pending = folder.pending(dataset)
     if pending.ids:
         affinity_net = for_inference(unpack(record), device)
         offsets = half_disc(options["radius"])
-        images = WholeImages(pending, (1.0,), options["max_size"], WALK_STRIDE)
+        images = WholeImages(pending, (1.0,), options["max_size"], WALK_STRIDE, skip_bad=skips_bad(options))
         for item in progress(whole_image_loader(images, options["workers"], device), "random walk", len(pending)):
             image_id = pending.ids[item["index"]]
             keys, cam, _ = load_cam(cams.path, image_id)
             stencil = image_affinity(affinity_net, item["views"][0], offsets, device, options["precision"])
             save_scores(folder.path, image_id, keys, walk_scores(stencil, cam, offsets, options), item["size"])
+        folder.failures.update(images.failures)
     folder.finish(dataset.ids, options, environment(device), parent=cams.path)
 
 
@@ -234,10 +240,11 @@ def run(payload, dataset, options, device):
     """Step 3: pseudo-masks of a split in --output_dir."""
     masks_out = Path(options["output_dir"])
     cams, walks = make_scores(payload, dataset, options, device)
+    dataset = made_of(dataset, walks.path)
     folder = masks.mask_folder(masks_out, walks, options)
     folder.begin()
     masks.make_masks(dataset, walks.path, folder, options, options["save_overlays"])
-    if options["save_walk"]:
+    if options["save_walk"] and distributed.is_main():
         save_walks(payload, dataset, cams, masks_out / "walks", options, device)
     folder.finish(dataset.ids, options, {**environment(device), "classes": list(dataset.classes)}, parent=walks.path)
     return masks_out
@@ -295,7 +302,7 @@ def run_images(payload, paths, options, device):
     networks = {name: for_inference(unpack(payload["networks"][name]), device)
                 for name in ("classifier", "affinity")}
     out = Path(options["output_dir"])
-    for file in progress(paths, "masks"):
+    for file in progress(distributed.share(paths), "masks"):
         mask, keys = _one_image(networks, file, out, options, device)
         named = ", ".join(payload["classes"][key] for key in keys)
         share = np.mean(mask > 0)
