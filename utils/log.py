@@ -1,4 +1,5 @@
 """What a run says: the environment it ran in, one JSON line per event, progress bars, TensorBoard."""
+import contextlib
 import json
 import os
 import subprocess
@@ -60,6 +61,7 @@ class JsonLog:
     """
 
     def __init__(self, path, start=0):
+        self.path = path
         self.file = open(path, "r+b" if start and Path(path).is_file() else "wb")
         self.file.truncate(min(start, self.file.seek(0, os.SEEK_END)))
         self.file.seek(0, os.SEEK_END)
@@ -67,15 +69,19 @@ class JsonLog:
 
     def write(self, **fields):
         fields["seconds"] = round(time.time() - self.started, 2)
-        self.file.write((json.dumps(fields) + "\n").encode())
-        self.file.flush()
+        try:
+            self.file.write((json.dumps(fields) + "\n").encode())
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.path} ({error.strerror}); make room, and go on with --resume") from None
 
     def size(self):
         """Bytes written so far."""
         return self.file.tell()
 
     def close(self):
-        self.file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take
+            self.file.close()
 
 
 class NoLog:
