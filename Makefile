@@ -26,6 +26,8 @@ bench: setup
 	$(RUN) -m benchmarks.scoring
 	$(RUN) -m benchmarks.random_walk
 	$(RUN) -m benchmarks.affinity_loss
+	$(RUN) -m benchmarks.loader
+	$(RUN) -m benchmarks.train_throughput --batch_size 1 --repeats 2
 
 clean:
 	rm -rf output data/toy data/cams

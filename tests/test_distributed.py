@@ -26,10 +26,11 @@ TRAININGS = [  # (run folder, command)
                         "--cam_dir", "two/cams_avc")),
     ("output/two2", ("run_train.py", "--stage", 2, *TRAIN, "--bn", "frozen")),
     ("output/two5", ("train_deeplab.py", *TRAIN)),
+    ("output/two5m", ("train_deeplab.py", *TRAIN, "--bn", "frozen", "--head", "mctformer")),
 ]
-# Of AVC some terms are means of the processes' own means. DeepLab's normalisation learns here: two processes are as
-# far from one as one in float32 is from one in float64.
-TOLERANCE = {"output/two1": 1e-4, "output/two_avc": 0.02, "output/two2": 1e-4, "output/two5": 1e-3}
+# Of AVC some terms are means of the processes' own means. In output/two5 normalisation learns: two processes are as far
+# from one as one in float32 is from one in float64.
+TOLERANCE = {"output/two_avc": 0.02, "output/two5": 2e-3}
 SPLITS = [
     ("run_train.py", "--stage", 1, "--model_path", STAGE1, "--cam_dir", "two/cams", *MACHINE),
     ("run_inference.py", "--model_path", "two/model_best.pth.tar", "--output_dir", "two/masks", *MACHINE),
@@ -76,10 +77,10 @@ def steps(folder, run):
 def test_two_processes_have_the_loss_curve_of_one(both, run):
     (one, ends), (two, other_ends) = (steps(result.folder, run) for result in both)
     assert len(one) == len(two) > 3, f"{len(one)} and {len(two)} steps"
-    tolerance = TOLERANCE[run]
+    tolerance = TOLERANCE.get(run, 1e-4)
     for a, b in zip(one, two):
         for name in ("loss", "grad_norm", "bg", "fg", "neg"):
-            if name in a and (name != "grad_norm" or run != "output/two_avc"):
+            if name in a and (name != "grad_norm" or run not in TOLERANCE):
                 assert abs(a[name] - b[name]) <= tolerance * (1 + abs(a[name])), \
                     f"step {a['step']}: {name} is {a[name]} in one process and {b[name]} in two"
         assert a["lrs"] == b["lrs"], f"{a['lrs']} and {b['lrs']}"
