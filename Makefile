@@ -27,7 +27,7 @@ bench: setup
 	$(RUN) -m benchmarks.random_walk
 	$(RUN) -m benchmarks.affinity_loss
 	$(RUN) -m benchmarks.loader
-	$(RUN) -m benchmarks.train_throughput --batch_size 1 --repeats 2
+	$(RUN) -m benchmarks.train_throughput
 
 clean:
 	rm -rf output data/toy data/cams

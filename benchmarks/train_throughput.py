@@ -1,7 +1,7 @@
 """Images a second of a training step of each stage at its published size, ours beside the published way of writing it.
 
     python -m benchmarks.train_throughput [--stages cam affinity deeplab] [--variants plain fp32 bf16 compile]
-                                          [--batch_size N] [--repeats 10] [--crop_size N] [--device auto]
+                                          [--batch_size N] [--repeats N] [--crop_size N] [--device auto]
 
 Stages: cam, ResNet-50 at 512 (IRN); affinity, AffinityNet on ResNet38 at 448 (PSA); deeplab, DeepLabV1-ResNet38 at 448.
 Variants: plain, the loop as published code has it (float32, tensors in PyTorch's default order, memory from glibc's
@@ -12,7 +12,8 @@ repeats counts, after one to warm up.
 
 Utilisation is the share of the device's rate of matrix products that the step reaches: floating-point operations of the
 network's products, counted by torch.utils.flop_counter (forward and backward; recomputation does not count), against a
-large product of two matrices in the same precision, measured here.  Prints a table, then a JSON line for each case,
+large product of two matrices in the same precision, measured here (float32 with TF32 on GPUs, which PyTorch's
+convolutions use there too).  Prints a table, then a JSON line for each case,
 with the hours for the published epochs of VOC (10,582 images) and COCO (82,081).
 """
 import argparse
@@ -174,6 +175,7 @@ def matrix_rate(device_name, precision):
     from benchmarks.measure import timed
     from utils.options import pick_device
     device = pick_device(device_name)
+    torch.backends.cuda.matmul.allow_tf32 = True
     size = 8192 if device.type == "cuda" else 2048
     kind = torch.float32 if precision == "fp32" else torch.bfloat16
     one, two = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
@@ -200,7 +202,7 @@ def run_case(name, variant, args, batch_size, crop):
 def run_stage(name, args, rates):
     """Measure the variants of a stage, print a table row for each, and return the JSON rows' figures."""
     case = CASES[name]
-    crop, batch_size = side(args.crop_size or case.crop), args.batch_size or case.batch
+    crop, batch_size = side(args.crop_size or case.crop), args.batch_size or (case.batch if args.on_gpu else 1)
     operations = count_operations(name, crop)
     print(f"\n{case.title}, {crop} x {crop}, batch {batch_size}: {operations / 1e9:.0f} GFLOP an image and step")
     print(f"{'':<10}{'s a step':>10}{'img/s':>9}{'ratio':>8}{'GB':>7}{'use':>7}{'VOC h':>8}{'COCO h':>8}")
@@ -226,9 +228,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=CASES, default=list(CASES), help="which (default: all)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which (default: all)")
-    parser.add_argument("--batch_size", type=int, help="images a step (default: as published; on a CPU take 1 or 2)")
+    parser.add_argument("--batch_size", type=int, help="images a step (default: as published, 1 on a CPU)")
     parser.add_argument("--crop_size", type=int, help="side in pixels, rounded to 16k + 1 (default: as published)")
-    parser.add_argument("--repeats", type=int, default=10, help="steps measured after one to warm up (default: 10)")
+    parser.add_argument("--repeats", type=int, help="steps measured after one to warm up (default: 10, 2 on a CPU)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: auto, a GPU if there is one)")
     parser.add_argument("--measure", nargs=4, metavar=("STAGE", "VARIANT", "BATCH", "CROP"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -240,6 +242,8 @@ def main():
 
     from utils.log import environment
     from utils.options import pick_device
+    args.on_gpu = pick_device(args.device).type == "cuda"
+    args.repeats = args.repeats or (10 if args.on_gpu else 2)
     rates = {precision: matrix_rate(args.device, precision) for precision in ("fp32", "bf16")}
     facts = environment(pick_device(args.device))
     print(f"{facts['device_name']}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix products: "

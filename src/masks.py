@@ -8,7 +8,7 @@ from PIL import Image
 
 from utils.artifacts import Folder, load_arrays, load_cam
 from utils.crf import PRESETS, dense_crf
-from utils.errors import BadImage, UserError
+from utils.errors import ImageError, UserError
 from utils.layouts.base import IGNORE, check_size
 from utils.maps import capped_size, move_threshold, resize_image, resize_maps, to_mask, with_background
 from utils.options import skips_bad
@@ -126,7 +126,7 @@ def _or_reason(work, item):
     """Work on an item; {image id: reason} if its image cannot be decoded."""
     try:
         work(item)
-    except BadImage as error:
+    except ImageError as error:
         return {item[0]: str(error)}
 
 

@@ -1,6 +1,7 @@
 """One optimiser step on a batch, however it is divided: over processes, and in parts of --accumulate."""
 import contextlib
 import math
+import warnings
 
 import torch
 
@@ -34,8 +35,7 @@ class Stepper:
             self.network.trunk.compile()
         self.compute = _Loss(self.network, task.loss)
         if distributed.world() > 1:
-            self.compute = torch.nn.parallel.DistributedDataParallel(
-                self.compute, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=task.idle)
+            self.compute = _parallel(self.compute, task.idle)
 
     def step(self, batch, bounds, number, progress):
         """Move the weights by one step.
@@ -117,6 +117,14 @@ class _Loss(torch.nn.Module):
 
     def forward(self, batch, part):
         return self.loss(self.network, batch, part)
+
+
+def _parallel(module, idle):
+    """DistributedDataParallel without its copies of buffers: these are the same in all processes at every step."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer torch has another name for broadcast_buffers
+        return torch.nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True,
+                                                         find_unused_parameters=idle)
 
 
 def _added(found):

@@ -88,7 +88,7 @@ def test_two_processes_have_the_loss_curve_of_one(both, run):
         assert abs(a["validation"]["score"] - b["validation"]["score"]) < 1e-3, f"{a} and {b}"
 
 
-@pytest.mark.parametrize("run", [run for run, _ in TRAININGS if run != "output/two_avc"])
+@pytest.mark.parametrize("run", [run for run, _ in TRAININGS if run not in TOLERANCE])
 def test_two_processes_end_with_the_weights_of_one(both, run):
     one, two = (checkpoint(result.folder / run / "checkpoint.pth.tar") for result in both)
     assert (one["processes"], two["processes"]) == (1, 2), "not as many processes as asked for"
@@ -96,7 +96,7 @@ def test_two_processes_end_with_the_weights_of_one(both, run):
     for key, value in one["networks"][name]["state"].items():
         other = two["networks"][name]["state"][key]
         gap = (value.double() - other.double()).abs().max() / value.double().abs().max().clamp(min=1e-6)
-        assert gap < (1e-2 if run == "output/two5" else 1e-3), f"{run}: {key} differs by {gap:.1e} of its largest value"
+        assert gap < 1e-3, f"{run}: {key} differs by {gap:.1e} of its largest value"
 
 
 @pytest.mark.parametrize("place, suffix", [("two/cams", "npz"), ("two/masks", "png"), ("two/deeplab/masks", "png"),
@@ -141,7 +141,7 @@ def test_only_the_first_process_speaks(both):
 # --- through torchrun itself ----------------------------------------------------------------------------------------
 
 COMMAND = ("run_train.py", "--stage", "1", *map(str, TRAIN), "--epochs", "300", "--bn", "frozen", "--method", "cam",
-           "--output_dir", "output/run")
+           "--output_dir", "output/run", "--workers", "1")
 
 
 def torchrun(folder, *command):
@@ -172,14 +172,16 @@ def failed(folder, get):
     image = sorted((folder / DATA / "images").glob("*.jpg"))[3]
     image.write_bytes(image.read_bytes()[:300])
     started = time.monotonic()
-    done = finish(torchrun(folder, *COMMAND, "--workers", 1))
+    done = finish(torchrun(folder, *COMMAND))
     return SimpleNamespace(done=done, image=image, seconds=time.monotonic() - started)
 
 
 def test_sigterm_to_torchrun_saves_once_and_says_how_to_go_on(stopped):
     said = stopped.done.stderr
     assert stopped.done.returncode != 0 and said.count("--resume goes on from there") == 1, said[-3000:]
-    assert said.count("finishing this step") == 1 and "Traceback" not in said.split("SignalException")[0], said[-3000:]
+    ours, torchruns = said.split("\nInterrupted.\n")
+    assert ours.count("finishing this step") == 1 and "Traceback" not in ours, ours[-3000:]
+    assert "Warning" not in ours, ours[:3000]
     assert stopped.state["processes"] == 2 and (stopped.state["epoch"], stopped.state["step_in_epoch"]) > (0, 0)
     assert not [name for name in stopped.found if name.endswith(".tmp")], sorted(stopped.found)
 
@@ -188,6 +190,7 @@ def test_a_failure_in_one_process_ends_all_of_them_with_its_line(failed):
     said = failed.done.stderr
     lines = [line for line in said.splitlines() if "Error: cannot decode image" in line]
     assert failed.done.returncode == 1 and len(lines) == 1 and failed.image.name in lines[0], said[-3000:]
+    assert "RuntimeError" not in said, said[-3000:]
     assert failed.seconds < 100, f"it took {failed.seconds:.0f} s: the other process hung"
 
 

@@ -14,7 +14,7 @@ from test_engine import COUNT, EPOCHS, Noise, classify, different, lines, run, t
 
 from benchmarks.kill_resume import compare
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.errors import BadImage, UserError
+from utils.errors import ImageError, UserError
 from utils.loader import TrainingSamples
 from utils.transforms import Augmentation
 
@@ -149,7 +149,7 @@ class Spoilt(Noise):
 
     def image(self, index):
         if index in self.bad:
-            raise BadImage(f"cannot decode image {self.ids[index]}.jpg")
+            raise ImageError(f"cannot decode image {self.ids[index]}.jpg")
         return super().image(index)
 
 
@@ -160,7 +160,7 @@ def spoilt_task(skip_bad, *bad):
 
 
 def test_a_damaged_image_ends_the_run_unless_it_is_to_be_skipped(tmp_path):
-    with pytest.raises(BadImage, match="cannot decode image noise_4.jpg"):
+    with pytest.raises(ImageError, match="cannot decode image noise_4.jpg"):
         run(tmp_path, spoilt_task(False, 4))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from utils import distributed
-from utils.errors import BadImage, UserError
+from utils.errors import ImageError, UserError
 
 MANIFEST = "manifest.json"
 CAM_LEVELS = 1024
@@ -258,7 +258,7 @@ def made_of(dataset, folder):
 def _damaged(dataset, index):
     try:
         dataset.image(index)
-    except BadImage:
+    except ImageError:
         return True
     return False
 

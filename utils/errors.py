@@ -5,5 +5,5 @@ class UserError(Exception):
     """Bad input or a missing step. The scripts print its single line and exit with status 1, without a traceback."""
 
 
-class BadImage(UserError):
+class ImageError(UserError):
     """An image file that cannot be decoded: what --on_bad_image decides about."""

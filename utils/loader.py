@@ -1,12 +1,13 @@
 """Feeding a dataset to a network: augmented training samples, and whole images for validation and inference."""
 import json
+import signal
 import sys
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from utils.errors import BadImage, UserError
+from utils.errors import ImageError, UserError
 from utils.maps import capped_size, resize_image, snapped_size
 from utils.transforms import normalise, resize_labels
 
@@ -43,7 +44,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         for index in [*range(wanted, len(self.dataset)), *range(wanted)] if self.skip_bad else [wanted]:
             try:
                 return index, self.dataset.image(index), failures
-            except BadImage as error:
+            except ImageError as error:
                 if not self.skip_bad:
                     raise
                 failures[self.dataset.ids[index]] = str(error)
@@ -100,7 +101,7 @@ class WholeImages(torch.utils.data.Dataset):
     def __getitem__(self, index):
         try:
             image = self.dataset.image(index)
-        except BadImage as error:
+        except ImageError as error:
             if not self.skip_bad:
                 raise
             return {"index": index, "failure": str(error)}
@@ -152,8 +153,14 @@ def whole_image_loader(images, workers, device):
                             pin_memory=device.type == "cuda")
 
 
+def _outlive_sigterm(_):
+    # A cluster sends SIGTERM to all processes: the main one finishes its step and saves, and needs its data for that.
+    # Workers end when it ends their loop, or is gone.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def training_loader(samples, batches, workers, device):
-    """Batches of `samples` in the order of `batches` (an EpochBatches)."""
+    """Batches of `samples` in the order of `batches` (an EpochBatches); its workers outlive SIGTERM."""
     # A generator of its own keeps the loader from drawing on the global one, so that resuming changes nothing.
     return Loader(samples, batch_sampler=batches, num_workers=workers, generator=torch.Generator(),
-                  pin_memory=device.type == "cuda")
+                  pin_memory=device.type == "cuda", worker_init_fn=_outlive_sigterm)

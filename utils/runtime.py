@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import time
+import traceback
 
 from utils import distributed
 from utils.errors import UserError
@@ -56,16 +57,21 @@ def run_main(main):
         _end(128 + getattr(error, "number", 2), "Interrupted.")
     except (UserError, OSError) as error:
         _end(1, f"Error: {one_line(error)}")
-    except RuntimeError as error:
-        if distributed.world() == 1 or not lost_process(error):
+    except Exception as error:
+        if distributed.world() == 1:
             raise
-        _end(1, f"Error: another process of this run has ended; the first error above says why ({one_line(error)})")
+        if lost_process(error):
+            _end(1, f"Error: another process has ended; its error above says why")
+        traceback.print_exc(file=sys.__stderr__)
+        os._exit(1)
     sys.exit(status)
 
 
 def lost_process(error):
     """Whether an error says that the connection to another process broke, rather than what was wrong there."""
-    return type(error).__name__.startswith("Dist") or re.search(r"gloo|NCCL|Connection (closed|reset)", str(error))
+    broken = r"gloo|NCCL|Connection (closed|reset)"
+    return isinstance(error, RuntimeError) and (type(error).__name__.startswith("Dist") or
+                                                re.search(broken, str(error)) is not None)
 
 
 def _end(status, line):
