@@ -3,7 +3,7 @@
     python -m benchmarks.kill_resume [--kills 20] [--seed 0]
 
 A run of run_train.py --stage 1 saves its state at almost every step.  Every third kill waits for the next checkpoint
-and falls while it is written; the others fall a random time after the run's first new step.  Prints each kill, and at
+and falls while it is written; the others fall somewhere within one to four new steps.  Prints each kill, and at
 the end one JSON line: kills, how many left a half-written file behind, and how many tensors of the weights, the best
 weights and the momentum, or lines of the log, differ from those of a run that was left alone (all should be 0).
 """
@@ -48,13 +48,12 @@ def wait_for(process, condition, folder):
 
 def kill(folder, process, rng, in_writing):
     """Kill a run: while it writes its next checkpoint, or at a random moment.  Returns whether it still ran."""
-    log, run = folder / RUN / "log.jsonl", folder / RUN
-    size = log.stat().st_size if log.is_file() else 0
-    alive = wait_for(process, lambda: log.is_file() and log.stat().st_size > size, folder)
+    run, wanted = folder / RUN, _lines(folder) + rng.randrange(1, 4)
+    alive = wait_for(process, lambda: _lines(folder) >= wanted, folder)
     if in_writing:
         alive = alive and wait_for(process, lambda: any(run.glob(".checkpoint.pth.tar.*.tmp")), folder)
     else:
-        time.sleep(rng.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, 0.1))
     os.kill(process.pid, signal.SIGKILL)
     return process.wait() == -signal.SIGKILL and alive
 
@@ -70,7 +69,7 @@ def hurt(folder, epochs, kills, seed):
         done += 1
         left = len(list((folder / RUN).glob(".*.tmp")))
         halves += bool(left)
-        print(f"kill {done}: {_steps(folder)} steps in the log, {left} half-written files", flush=True)
+        print(f"kill {done}: {_lines(folder)} lines in the log, {left} half-written files", flush=True)
     finish(folder, start(folder, epochs, True))
     return done, halves
 
@@ -80,8 +79,9 @@ def finish(folder, process):
         raise RuntimeError((folder / "said.txt").read_text(encoding="utf-8")[-2000:])
 
 
-def _steps(folder):
-    return len((folder / RUN / "log.jsonl").read_text(encoding="utf-8").splitlines())
+def _lines(folder):
+    log = folder / RUN / "log.jsonl"
+    return log.read_bytes().count(b"\n") if log.is_file() else 0
 
 
 def differences(one, other):
@@ -124,7 +124,7 @@ def compare(home, epochs, kills, seed=0):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="how often the run is killed (default: 20)")
-    parser.add_argument("--epochs", type=int, default=12, help="of the run, 5 steps each (default: 12)")
+    parser.add_argument("--epochs", type=int, default=20, help="of the run, 5 steps each (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:

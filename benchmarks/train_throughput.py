@@ -122,7 +122,8 @@ def plain_step(name, batch, device):
     def step():
         here = {key: value.to(device) for key, value in batch.items()}
         if name == "deeplab":
-            logits = F.interpolate(network(here["image"]), here["image"].shape[-2:], mode="bilinear", align_corners=True)
+            size = here["image"].shape[-2:]
+            logits = F.interpolate(network(here["image"]), size, mode="bilinear", align_corners=True)
             loss = F.cross_entropy(logits, here["target"], ignore_index=255)
         else:
             loss, _ = loss_of(network, here, Part(0, images, images, totals(here)))

@@ -16,7 +16,7 @@ from src.engine import autocast
 from utils import distributed
 from utils.artifacts import Folder, load_cam, made_of, read_manifest, run_dir, save_arrays, save_cam
 from utils.checkpoint import is_checkpoint
-from utils.errors import UserError
+from utils.errors import ImageError, UserError
 from utils.images import SUFFIXES, read_image
 from utils.loader import WholeImages, scaled_views, whole_image_loader
 from utils.log import environment, progress
@@ -303,7 +303,13 @@ def run_images(payload, paths, options, device):
                 for name in ("classifier", "affinity")}
     out = Path(options["output_dir"])
     for file in progress(distributed.share(paths), "masks"):
-        mask, keys = _one_image(networks, file, out, options, device)
+        try:
+            mask, keys = _one_image(networks, file, out, options, device)
+        except ImageError as error:
+            if not skips_bad(options):
+                raise
+            print(f"Skipping {file}: {error}", file=sys.stderr)
+            continue
         named = ", ".join(payload["classes"][key] for key in keys)
         share = np.mean(mask > 0)
         print(f"{file}: {named}; foreground {share:.0%} -> {out / f'{file.stem}.png'}")

@@ -64,7 +64,8 @@ def both(folder, get):
         (home / "two").mkdir()
         os.link(home / STAGE2, home / "two" / "model_best.pth.tar")  # its scores are kept beside it: none are there yet
         trainings = [(*command, "--output_dir", run) for run, command in TRAININGS]
-        results.append(SimpleNamespace(folder=home, said=processes(home, [*trainings, *SPLITS], world)))
+        jobs = [*trainings, *SPLITS, ("tests/float64_steps.py", "float64.json")]
+        results.append(SimpleNamespace(folder=home, said=processes(home, jobs, world)))
     return results
 
 
@@ -97,6 +98,23 @@ def test_two_processes_end_with_the_weights_of_one(both, run):
         other = two["networks"][name]["state"][key]
         gap = (value.double() - other.double()).abs().max() / value.double().abs().max().clamp(min=1e-6)
         assert gap < 1e-3, f"{run}: {key} differs by {gap:.1e} of its largest value"
+
+
+def _numbers(value, name=""):
+    """(name, number) of every number in nested JSON."""
+    if isinstance(value, (dict, list)):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        return [found for key, item in inner for found in _numbers(item, f"{name}/{key}")]
+    return [(name, value)]
+
+
+def test_in_float64_two_processes_take_the_steps_of_one(both):
+    """Learning normalisation, dropout and uneven counts of pixels and pairs included: nothing but rounding differs."""
+    one, two = (dict(_numbers(read_json(result.folder / "float64.json"))) for result in both)
+    assert one.keys() == two.keys() and len(one) > 400, f"{len(one)} and {len(two)} numbers"
+    gaps = {name: abs(one[name] - two[name]) / max(abs(one[name]), 1e-9) for name in one}
+    worst = max(gaps, key=gaps.get)
+    assert gaps[worst] < 1e-10, f"{worst} is {one[worst]} in one process and {two[worst]} in two"
 
 
 @pytest.mark.parametrize("place, suffix", [("two/cams", "npz"), ("two/masks", "png"), ("two/deeplab/masks", "png"),

@@ -1,15 +1,15 @@
 """What stops a run, or should not: full disks, read-only folders, killed workers, kill -9, damaged images."""
 import contextlib
 import os
-import resource
 import signal
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from script_runs import DATA, MACHINE, SMALL, STAGE2, chain, copy, fork, read_json
+from script_runs import DATA, MACHINE, ROOT, SMALL, STAGE2, chain, copy, fork, read_json
 from test_engine import COUNT, EPOCHS, Noise, classify, different, lines, run, tiny_task
 
 from benchmarks.kill_resume import compare
@@ -45,17 +45,15 @@ def small_disk(folder, options="size=200k"):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@contextlib.contextmanager
-def short_files(limit=4096):
-    """Files end at so many bytes, as on a disk that is full; for machines where no disk can be mounted."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+# In a process of its own: the limit holds for every file a process writes.
+SHORT_FILES = """
+import resource, signal, sys, torch
+from utils.checkpoint import save_checkpoint
+from utils.runtime import run_main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+run_main(lambda: save_checkpoint(sys.argv[1], {"step": "stage1", "value": torch.rand(9000)}))
+"""
 
 
 def line_of(caught):
@@ -94,10 +92,10 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_the_last_checkpoint_
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
     path = tmp_path / "checkpoint.pth.tar"
     save_checkpoint(path, {"step": "stage1", "value": 1})
-    with short_files(), pytest.raises(UserError) as caught:
-        save_checkpoint(path, {"step": "stage1", "value": torch.rand(9000)})
-    text = line_of(caught)
-    assert f"cannot write {path}" in text and "the one written before is kept" in text and "--resume" in text, text
+    done = subprocess.run([sys.executable, "-c", SHORT_FILES, str(path)], cwd=ROOT, capture_output=True, text=True)
+    (text,) = done.stderr.splitlines()
+    assert done.returncode == 1 and text.startswith(f"Error: cannot write {path} (File too large)"), text
+    assert "the one written before is kept" in text and "--resume" in text, text
     assert load_checkpoint(path)["value"] == 1 and [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
@@ -185,12 +183,19 @@ def test_a_set_without_a_good_image_is_refused():
         spoilt_task(True, *range(COUNT)).samples[0, 3]
 
 
+def copy_file(source, target):
+    target.parent.mkdir(exist_ok=True)
+    target.write_bytes(source.read_bytes())
+
+
 @chain
 def skipped(folder, get):
     """The six steps after one training image was damaged.  .folder, .runs, .image_id, .without: the run that stops."""
     home = copy(get("pipeline").folder, folder / "home", without=("inference", "eval", "deeplab_test", "scores"))
     image = sorted((home / DATA / "images").glob("bullseye*.jpg"))[0]
     image.write_bytes(image.read_bytes()[:300])
+    for name, source in (("good.jpg", sorted((home / DATA / "images").glob("*.jpg"))[-1]), ("bad.jpg", image)):
+        copy_file(source, home / "photos" / name)
     skip = ("--on_bad_image", "skip", *MACHINE)
     commands = [("run_train.py", "--stage", 1, *SMALL, "--crop_size", 65, "--scales", 1, "--cam_dir", "new/cams",
                  "--output_dir", "new/1", *skip),
@@ -198,6 +203,7 @@ def skipped(folder, get):
                 ("run_inference.py", "--model_path", "new/2/model_best.pth.tar", "--output_dir", "new/3", *skip),
                 ("run_inference.py", "--model_path", STAGE2, "--output_dir", "new/3b", *skip, "--workers", 2),
                 ("run_eval.py", "--model_path", "new/2/model_best.pth.tar", "--output_dir", "new/4", *skip),
+                ("run_inference.py", "--images", "photos", "--model_path", STAGE2, "--output_dir", "new/3c", *skip),
                 ("train_deeplab.py", *SMALL, "--crop_size", 65, "--mask_dir", "new/3", "--output_dir", "new/5")]
     return SimpleNamespace(folder=home, runs=fork(folder, [(home, command) for command in commands]), image=image)
 
@@ -209,10 +215,17 @@ def test_every_step_goes_on_without_a_damaged_image_and_names_it(skipped):
         manifest = read_json(skipped.folder / place / "manifest.json")
         (failure,) = manifest["failures"]
         assert failure["image"] == skipped.image.stem and skipped.image.name in failure["reason"], failure
-        assert manifest["count"] == len(manifest["images"]) == 11 and skipped.image.stem not in manifest["images"], place
+        assert skipped.image.stem not in manifest["images"] and manifest["count"] == len(manifest["images"]) == 11
     assert read_json(skipped.folder / "new/1/options.json")["failures"].keys() <= {skipped.image.stem}
     scored = read_json(skipped.folder / "new/4/scores.json")
     assert scored["images"] == 11 and skipped.image.stem not in scored["image_fg_iou"], scored["images"]
+
+
+def test_a_damaged_one_of_some_photos_is_skipped(skipped):
+    made = sorted(path.name for path in (skipped.folder / "new/3c").iterdir())
+    assert made == ["good.png", "good_overlay.png"], made
+    said = skipped.runs[-2].stderr
+    assert "Skipping photos/bad.jpg: cannot decode image" in said, said
 
 
 def test_later_steps_leave_it_out_without_being_told(skipped):

@@ -1,7 +1,9 @@
 """Feeding a dataset to a network: augmented training samples, and whole images for validation and inference."""
 import json
+import os
 import signal
 import sys
+import threading
 
 import numpy as np
 import torch
@@ -154,9 +156,19 @@ def whole_image_loader(images, workers, device):
 
 
 def _outlive_sigterm(_):
-    # A cluster sends SIGTERM to all processes: the main one finishes its step and saves, and needs its data for that.
-    # Workers end when it ends their loop, or is gone.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Let SIGTERM end this worker only if its parent sends it.
+
+    A cluster sends it to all processes; the main one then finishes its step and saves, and needs its data for that.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_parent, daemon=True).start()
+
+
+def _end_for_parent():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def training_loader(samples, batches, workers, device):

@@ -73,7 +73,8 @@ class JsonLog:
             self.file.write((json.dumps(fields) + "\n").encode())
             self.file.flush()
         except OSError as error:
-            raise UserError(f"cannot write {self.path} ({error.strerror}); make room, and go on with --resume") from None
+            raise UserError(f"cannot write {self.path} ({error.strerror}); make room, and go on with "
+                            "--resume") from None
 
     def size(self):
         """Bytes written so far."""
