@@ -310,8 +310,8 @@ def _one_image(networks, file, out, options, device):
     offsets = half_disc(options["radius"])
     view = scaled_views(image, (1.0,), options["max_size"], WALK_STRIDE)[0]
     stencil = image_affinity(networks["affinity"], view, offsets, device, options["precision"])
-    mask = masks.decide(image, keys, walk_scores(stencil, cam, offsets, options),
-                        **{name: options[name] for name in ("crf", "crf_preset", "max_size", "bg_threshold")})
+    mask = masks.decide(image, keys, walk_scores(stencil, cam, offsets, options), masks.chosen_crf(options),
+                        options["max_size"], options["bg_threshold"])
     if options["save_walk"]:
         save_walk(out / "walks" / f"{file.stem}.gif", networks["affinity"], view, keys, cam, image, options, device)
     save_mask(out / f"{file.stem}.png", mask)

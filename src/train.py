@@ -234,9 +234,9 @@ class _Labels(Folder):
 
 def _affinity_labels(dataset, options):
     manifest = read_manifest(options["cam_dir"], "cam")
-    names = ("alpha_low", "alpha_high", "crf_preset", "max_size")
+    settings = {name: options[name] for name in ("alpha_low", "alpha_high", "max_size")}
     folder = _Labels(Path(options["output_dir"]) / "affinity_labels", "affinity_labels", ".png",
-                     {"cam": manifest["identity"], **{name: options[name] for name in names}})
+                     {"cam": manifest["identity"], **settings, **masks.crf_identity(options)})
     kept = folder.begin()
     if kept:
         print(f"{kept} affinity labels in {folder.path} have the same options and are kept", file=sys.stderr)
