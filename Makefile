@@ -1,5 +1,6 @@
 # make setup: the environment; make demo: the whole pipeline on toy data; make test: every test; make bench: the tests that
-# need a GPU, where there is one, and the speed measurements. CPU, no downloads but pip's.
+# need a GPU, where there is one, and the speed measurements. CPU, no downloads but pip's. pydensecrf2 is compiled; where it
+# cannot be, everything works without it.
 VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
@@ -12,6 +13,8 @@ setup: $(VENV)/installed
 $(VENV)/installed: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check pydensecrf2 || \
+		echo "WARNING: pydensecrf2 cannot be built here; the dense CRF will run in torch (--crf_backend torch)" >&2
 	touch $@
 
 demo: setup
@@ -26,6 +29,7 @@ bench: setup
 	$(RUN) -m benchmarks.scoring
 	$(RUN) -m benchmarks.random_walk
 	$(RUN) -m benchmarks.affinity_loss
+	$(RUN) -m benchmarks.crf
 
 clean:
 	rm -rf output data/toy data/cams
