@@ -6,8 +6,9 @@ Images of the toy dataset, or of --data_root (images/*.jpg), all scaled to 500x3
 one that a rough blob with noise stands for. The form with 21 classes, as published code runs it, has 19 more of low
 random scores. One process means one thread.
 
-- crf_pool_*: everything from the image file to the mask, `--workers` processes beside one. Seconds include the start of
-  the processes; seconds_started leaves out what the same pool takes for four tiny images. max_error 0: the same pixels.
+- crf_pool_*: everything from the image file to the mask, `--workers` processes (pydensecrf) or threads (torch, which the
+  steps have loaded by then) beside one. Seconds include the start of the processes; seconds_started leaves out what the
+  same pool takes for four tiny images. max_error 0: the same pixels.
 - crf_fields_*: the two CRFs of an affinity label sharing their lattices, beside one after the other.
 - crf_torch_*: torch beside pydensecrf by preset, the CRF alone.  crf_batch: 4 images at once beside one at a time, on a
   GPU where there is one.
@@ -25,6 +26,7 @@ import numpy as np
 
 from benchmarks.measure import extra_mb, report
 from data.make_toy import make_toy
+from src.masks import in_threads
 from utils.crf import CRF, PRESETS, dense_crf, settle_backend
 from utils.errors import UserError
 from utils.images import read_image
@@ -66,8 +68,9 @@ def pools(paths, backends, preset, workers):
     slow, everything = clock(lambda: [mask(path, crfs[backends[0]], ALL) for path in paths])
     for name, crf in crfs.items():
         reference, expected = clock(lambda: [mask(path, crf) for path in paths])
-        start, _ = clock(lambda: list(map_parallel(partial(_tiny, crf=crf), range(4), workers, "start")))
-        seconds, found = clock(lambda: list(map_parallel(partial(mask, crf=crf), paths, workers, "CRF")))
+        how = workers, "CRF", in_threads(crf)
+        start, _ = clock(lambda: list(map_parallel(partial(_tiny, crf=crf), range(4), *how)))
+        seconds, found = clock(lambda: list(map_parallel(partial(mask, crf=crf), paths, *how)))
         identical = [one[1] for one in found] == [one[1] for one in expected]
         for beside, other, results in (("one_process", reference, expected), (f"{ALL}_classes", slow, everything)):
             error = 0.0 if identical and results is expected else None
@@ -168,7 +171,7 @@ def main(argv=None):
         rows = [*pools(paths, backends, args.presets[0], args.workers), *comparisons(paths, backends, args.presets)]
     print_table(rows)
     for row in rows:
-        report(row.pop("case"), row.pop("seconds"), row.pop("reference_seconds"), row.pop("memory"), row.pop("error"), **row)
+        report(**row)
 
 
 if __name__ == "__main__":

@@ -107,11 +107,6 @@ def read_checked(path, size, classes, ignore=False):
     return mask
 
 
-def crf_workers(options, crf):
-    """How many processes run a CRF: --workers of them on the CPU; on a GPU this process alone, which has it open."""
-    return options["workers"] if crf is None or crf.device == "cpu" else 0
-
-
 def make_affinity_labels(dataset, cam_dir, folder, options):
     """Write the affinity labels of a split as PNG; finished ones with the same options are kept.
 
@@ -120,7 +115,7 @@ def make_affinity_labels(dataset, cam_dir, folder, options):
     settings = {name: options[name] for name in ("alpha_low", "alpha_high", "max_size")}
     settings["crf"] = chosen_crf(options)
     work = partial(_label_file, cam_dir=str(cam_dir), folder=str(folder.path), settings=settings)
-    _run(work, dataset, folder, crf_workers(options, settings["crf"]), "affinity labels")
+    _run(work, dataset, folder, options["workers"], settings["crf"], "affinity labels")
 
 
 def _label_file(item, cam_dir, folder, settings):
@@ -133,7 +128,7 @@ def make_masks(dataset, score_dir, folder, options, overlays=False):
     """Write the masks of a split, overlays/ beside them if asked for; finished ones of the same options are kept."""
     settings = {**{name: options[name] for name in ("max_size", "bg_threshold")}, "crf": chosen_crf(options)}
     work = partial(_mask_file, score_dir=str(score_dir), folder=str(folder.path), settings=settings, overlays=overlays)
-    _run(work, dataset, folder, crf_workers(options, settings["crf"]), "masks", overlays)
+    _run(work, dataset, folder, options["workers"], settings["crf"], "masks", overlays)
 
 
 def _mask_file(item, score_dir, folder, settings, overlays):
@@ -146,9 +141,14 @@ def _mask_file(item, score_dir, folder, settings, overlays):
     save_mask(Path(folder) / f"{image_id}.png", mask)
 
 
-def _run(work, dataset, folder, workers, description, redo=False):
-    for _ in map_parallel(work, dataset if redo else folder.pending(dataset), workers, description):
+def _run(work, dataset, folder, workers, crf, description, redo=False):
+    for _ in map_parallel(work, dataset if redo else folder.pending(dataset), workers, description, in_threads(crf)):
         pass
+
+
+def in_threads(crf):
+    """Whether the work with a `CRF`, or with None, is for threads: that in torch, which this process has loaded."""
+    return crf is not None and crf.backend == "torch"
 
 
 def mask_folder(path, parent, options):

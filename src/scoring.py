@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.masks import chosen_crf, crf_workers, full_size, load_scores, read_checked, refine
+from src.masks import chosen_crf, full_size, in_threads, load_scores, read_checked, refine
 from utils.artifacts import load_cam
 from utils.maps import foreground_share, to_mask, with_background
 from utils.metrics import SweepHistogram, central_box, confusion, foreground_iou, scores
@@ -64,7 +64,8 @@ def score_split(dataset, stages, options):
     settings = {name: options.get(name) for name in ("bg_alpha", "bg_threshold", "max_size")}
     settings["crf"] = chosen_crf(options) if any(stage.crf for stage in stages) else None
     work = partial(_score_image, stages=stages, settings=settings)
-    for image_id, counted in map_parallel(work, dataset, crf_workers(options, settings["crf"]), "scoring"):
+    for image_id, counted in map_parallel(work, dataset, options["workers"], "scoring",
+                                          in_threads(settings["crf"])):
         for name, (matrix, sweep) in counted.items():
             tallies[name].add(image_id, matrix, sweep)
     return tallies
@@ -94,7 +95,8 @@ def _count_maps(stage, image_id, one, truth, settings):
     keys, probabilities = stage.probabilities(image_id, settings)
     threshold = settings["bg_threshold"]
     if stage.crf:
-        maps, threshold = refine(one.image(0), [probabilities], settings["crf"], settings["max_size"], threshold)[0], 0.5
+        (maps,) = refine(one.image(0), [probabilities], settings["crf"], settings["max_size"], threshold)
+        threshold = 0.5
     else:
         maps = full_size(probabilities, truth.shape)
     classes = len(one.classes) + 1

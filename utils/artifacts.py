@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 import tempfile
+import threading
 import time
 import zipfile
 import zlib
@@ -17,6 +18,7 @@ from utils.errors import UserError
 
 MANIFEST = "manifest.json"
 CAM_LEVELS = 1024
+UMASK_LOCK = threading.Lock()
 # What numpy and zipfile raise on a damaged file, or on one of another kind under the name.
 DAMAGED = (KeyError, ValueError, TypeError, AttributeError, OSError, EOFError, RuntimeError, struct.error, zlib.error,
            zipfile.BadZipFile)
@@ -42,8 +44,9 @@ def atomic_path(path):
 
 
 def _umask():
-    current = os.umask(0)
-    os.umask(current)
+    with UMASK_LOCK:  # of two threads, one would take the other's 0 for the user's
+        current = os.umask(0)
+        os.umask(current)
     return current
 
 

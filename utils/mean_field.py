@@ -1,4 +1,4 @@
-"""The dense CRF's mean field (Kraehenbuhl & Koltun 2011) in torch, on CPU or CUDA: the second backend of `utils.crf`."""
+"""The dense CRF's mean field (Kraehenbuhl & Koltun 2011) in torch, CPU or CUDA: the second backend of `utils.crf`."""
 import functools
 
 import torch
@@ -8,7 +8,7 @@ from utils.permutohedral import Lattice
 
 @torch.no_grad()
 def mean_field(images, energies, params, device="cpu"):
-    """Approximate the posterior of dense CRFs (Alg. 1), Potts compatibility, both kernels normalised by D^-1/2 K D^-1/2.
+    """Approximate the posterior of dense CRFs (Alg. 1): Potts compatibility, kernels normalised to D^-1/2 K D^-1/2.
 
     images: list of (H, W, 3) uint8 numpy arrays, RGB; sizes may differ.  All are computed at once.
     energies: for each image (P, C, H, W) float32 numpy, finite: unary energies -log p of P fields over C classes that

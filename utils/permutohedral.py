@@ -26,7 +26,7 @@ class Lattice:
         if not features.abs().max() < FAR:
             raise ValueError(f"the features reach {features.abs().max():.1e} standard deviations; give larger widths")
         weights, keys, strides, span = _corners(features, groups)
-        # (d + 1, N) each: a row holds the vertices of one remainder. Rows alone are sorted by their digits, twice as fast.
+        # (d + 1, N) each: a row holds the vertices of one remainder. Rows alone are sorted by digits, twice as fast.
         keys, order = map(torch.stack, zip(*(row.sort(stable=True) for row in keys)))
         first = torch.ones_like(keys, dtype=torch.bool)
         torch.ne(keys[:, 1:], keys[:, :-1], out=first[:, 1:])
@@ -148,6 +148,10 @@ def _blur(vertices, stride, strides, span):
 
 def _csr(starts, columns, values, size):
     # 32-bit indices: MKL and cuSPARSE would convert longer ones, or run slower with them.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
-        return torch.sparse_csr_tensor(starts.int(), columns.int().flatten(), values.flatten(), size, check_invariants=False)
+    return torch.sparse_csr_tensor(starts.int(), columns.int().flatten(), values.flatten(), size, check_invariants=False)
+
+
+# PyTorch warns once in a process that such tensors are in beta; here, as lattices may be built in several threads.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    _csr(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))
