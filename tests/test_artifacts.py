@@ -2,6 +2,7 @@
 import json
 import os
 import stat
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -124,14 +125,15 @@ def test_written_files_have_the_users_usual_permissions(tmp_path):
     assert mode == 0o640, f"{mode:o}: others of the group could not read it, or anyone could"
 
 
-def test_threads_that_write_at_once_leave_the_users_permissions_alone(tmp_path):
-    before = os.umask(0o027)
+def test_threads_that_write_at_once_leave_the_users_permissions_alone(tmp_path, monkeypatch):
+    umask = os.umask
+    monkeypatch.setattr(os, "umask", lambda mode: (umask(mode), time.sleep(0.002))[0])  # so that threads meet inside
+    before = umask(0o027)
     try:
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda n: write_json(tmp_path / f"{n}.json", n), range(300)))
-        after = os.umask(0o027)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda n: write_json(tmp_path / f"{n}.json", n), range(20)))
     finally:
-        os.umask(before)
+        after = umask(before)
     modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert after == 0o027 and modes == {0o640}, f"umask {after:o}, files {[f'{mode:o}' for mode in modes]}"
 
