@@ -74,6 +74,12 @@ def test_both_alphas_share_one_crf_and_label_as_two_would():
     assert len(np.unique(expected)) > 2 and (found == expected).all(), f"{(found != expected).mean():.1%} differ"
 
 
+def test_the_scripts_take_single_settings_and_write_them_down(without_pydensecrf):
+    manifest = read_json(without_pydensecrf.folder / "output" / "deeplab_test" / "masks" / "manifest.json")
+    found = {name: value for name, value in manifest["identity"].items() if name.startswith("crf_")}
+    assert found == {"crf_preset": "seamv1", "crf_iterations": 2, "crf_bilateral_srgb": 9.0, "crf_backend": "torch"}, found
+
+
 # --- without pydensecrf ---------------------------------------------------------------------------------------------
 
 def test_auto_falls_back_to_torch_and_says_so_once(monkeypatch, capsys):
@@ -98,7 +104,8 @@ def without_pydensecrf(folder, get):
     (folder / "hidden").mkdir()
     (folder / "hidden" / "sitecustomize.py").write_text("import sys\nsys.modules['pydensecrf'] = None\n")
     commands = {3: ("run_inference.py", "--model_path", STAGE2, "--device", "cpu", "--workers", 2),
-                4: ("run_eval.py", *MACHINE, "--no-crf"), 6: ("test_deeplab.py", "--scales", 1, *MACHINE),
+                4: ("run_eval.py", *MACHINE, "--no-crf"),
+                6: ("test_deeplab.py", "--scales", 1, *MACHINE, "--crf_iterations", 2, "--crf_bilateral_srgb", 9),
                 2: ("run_train.py", "--stage", 2, *SMALL)}
     runs = fork(folder, [(folder, command) for command in commands.values()],
                 env={"PYTHONPATH": str(folder / "hidden")})
