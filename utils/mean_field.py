@@ -16,7 +16,7 @@ def mean_field(images, energies, params, device="cpu"):
     params: `utils.crf.CRFParams`.  device: name of a torch device.
     Returns a list of (P, C, H, W) float32 numpy arrays, summing to 1 over C.
     A step filters all classes but the first: the filter is linear and beliefs sum to 1, so the first class's message is
-    that of the constant 1, known beforehand, less the others'. Memory at the peak: about 400 + 30 P C bytes a pixel.
+    that of the constant 1, known beforehand, less the others'. Memory at the peak: about 320 to 520 (the more vertices, the more) + 60 P C bytes a pixel.
     """
     sizes = tuple(image.shape[:2] for image in images)
     kernels = [_gaussian(sizes, params.gaussian_sxy, params.gaussian_compat, device),
