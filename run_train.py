@@ -36,7 +36,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     from models.weights import check_pretrained, load_model
     from src import train
-    from src.inference import check_same_classifier, settle_classes
+    from src.records import check_same_classifier, settle_classes
     from src.start import begin, open_split, settle_crf, settle_labels
     from utils.artifacts import read_manifest, run_dir
     classifier = None

@@ -20,7 +20,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     from models.weights import load_model
     from src import segment
-    from src.inference import settle_classes
+    from src.records import settle_classes
     from src.start import begin, open_split, settle_crf, settle_labels
     from src.submission import check_submission, write_submission
     args.model_path = args.model_path or segment.newest_checkpoint()

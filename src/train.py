@@ -10,9 +10,11 @@ from models.affinitynet import KINDS, affinity_loss
 from models.build import build_network, pack, unpack
 from models.classifier import classification_loss
 from models.weights import load_pretrained
-from src import engine, inference, masks
+from src import engine, masks
 from src.avc import AVC_RECORD, avc_loss, last_epoch_counts
+from src.cams import cam_folder, make_cams
 from src.inference import WALK_STRIDE
+from src.records import record_hash
 from utils.artifacts import Folder, read_manifest, write_json
 from utils.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
 from utils.errors import UserError
@@ -132,8 +134,7 @@ def adopt_classifier(payload, dataset, options, device):
     record, path = payload["networks"]["classifier"], Path(options["model_path"])
     if not is_checkpoint(payload):
         path = Path(options["output_dir"]) / "model_best.pth.tar"
-        if path.is_file() and inference.record_hash(load_checkpoint(path)["networks"]["classifier"]) != \
-                inference.record_hash(record):
+        if path.is_file() and record_hash(load_checkpoint(path)["networks"]["classifier"]) != record_hash(record):
             raise UserError(f"{path} is there already, with another classifier; pass another --output_dir")
         save_checkpoint(path, {"step": "stage1", "options": options, "epoch": 0, "classes": payload["classes"],
                                "networks": {"classifier": record}})
@@ -143,8 +144,8 @@ def adopt_classifier(payload, dataset, options, device):
 
 def _write_cams(record, dataset, options, path, device):
     """The CAMs of a split; their record names the checkpoint `path`, which step 2 takes the classifier from."""
-    folder = inference.cam_folder(options["cam_dir"], record, dataset.classes, dataset.name, options)
-    inference.make_cams(record, dataset, folder, {**options, "model_path": str(path)}, device)
+    folder = cam_folder(options["cam_dir"], record, dataset.classes, dataset.name, options)
+    make_cams(record, dataset, folder, {**options, "model_path": str(path)}, device)
 
 
 @torch.no_grad()
