@@ -8,36 +8,37 @@ from models.affinitynet import affinity_stencil
 from models.build import unpack
 from models.fuse import for_inference
 from src import masks
-from src.cams import cam_folder, image_cams, make_cams
+from src.cams import TOGETHER, cam_folder, image_cams, make_cams
 from src.engine import autocast
 from src.records import record_hash
 from utils.artifacts import Folder, load_cam, run_dir, save_arrays
 from utils.checkpoint import is_checkpoint
 from utils.errors import UserError
 from utils.images import SUFFIXES, read_image
-from utils.loader import WholeImages, scaled_views, whole_image_loader
+from utils.loader import WholeImages, equal_batches, scaled_views, whole_image_loader
 from utils.log import environment, progress
 from utils.maps import capped_size, foreground_share, resize_image, resize_maps, with_background
-from utils.random_walk import half_disc, random_walk, walk_frames
+from utils.random_walk import half_disc, random_walks, walk_frames
 from utils.visualize import heatmap, overlay, overlay_mask, save_gif, save_mask, save_picture
 
 WALK_STRIDE = 8
 
 
 @torch.no_grad()
-def image_affinity(affinity_net, view, offsets, device, precision):
-    """Affinity stencil (P, h, w) of one normalised image (3, 8(h-1)+1, 8(w-1)+1)."""
+def affinities(affinity_net, views, offsets, device, precision):
+    """Affinity stencils, each (P, h, w), of normalised images (3, 8(h-1)+1, 8(w-1)+1) of one size."""
     with autocast(device, precision):
-        features = affinity_net(view[None].to(device, memory_format=torch.channels_last))
-    return affinity_stencil(features[0].float(), offsets)
+        features = affinity_net(torch.stack(views).to(device, memory_format=torch.channels_last))
+    return [affinity_stencil(one.float(), offsets) for one in features]
 
 
-def walk_scores(stencil, cam, offsets, options):
-    """Propagate a CAM and its background score: probabilities (K + 1, h, w) on the affinity's grid, numpy float32."""
-    scores = with_background(resize_maps(cam, stencil.shape[-2:]), options["bg_alpha"])
-    walked = random_walk(torch.from_numpy(scores).to(stencil.device), stencil, offsets, options["beta"],
-                         options["walk_steps"], options["walk_eps"])
-    return (walked / walked.sum(dim=0).clamp(min=1e-8)).cpu().numpy()
+def walk_scores(stencils, cams, offsets, options):
+    """Propagate CAMs and their background scores: probabilities (K + 1, h, w) of each image on its affinity's grid,
+    numpy float32."""
+    scores = [torch.from_numpy(with_background(resize_maps(cam, stencil.shape[-2:]), options["bg_alpha"]))
+              .to(stencil.device) for cam, stencil in zip(cams, stencils)]
+    walked = random_walks(scores, stencils, offsets, options["beta"], options["walk_steps"], options["walk_eps"])
+    return [(maps / maps.sum(dim=0).clamp(min=1e-8)).cpu().numpy() for maps in walked]
 
 
 def walk_folder(path, record, cams, options):
@@ -58,11 +59,13 @@ def make_walks(record, dataset, cams, folder, options, device):
         affinity_net = for_inference(unpack(record), device)
         offsets = half_disc(options["radius"])
         images = WholeImages(pending, (1.0,), options["max_size"], WALK_STRIDE)
-        for item in progress(whole_image_loader(images, options["workers"], device), "random walk", len(pending)):
-            image_id = pending.ids[item["index"]]
-            keys, cam, _ = load_cam(cams.path, image_id)
-            stencil = image_affinity(affinity_net, item["views"][0], offsets, device, options["precision"])
-            save_scores(folder.path, image_id, keys, walk_scores(stencil, cam, offsets, options), item["size"])
+        items = progress(whole_image_loader(images, options["workers"], device), "random walk", len(pending))
+        for batch in equal_batches(items, TOGETHER[device.type]):
+            stencils = affinities(affinity_net, [item["views"][0] for item in batch], offsets, device,
+                                  options["precision"])
+            keys, maps, _ = zip(*(load_cam(cams.path, pending.ids[item["index"]]) for item in batch))
+            for item, key, scores in zip(batch, keys, walk_scores(stencils, maps, offsets, options)):
+                save_scores(folder.path, pending.ids[item["index"]], key, scores, item["size"])
     folder.finish(dataset.ids, options, environment(device), parent=cams.path)
 
 
@@ -129,7 +132,7 @@ def save_walks(payload, dataset, cams, folder, options, device, count=8):
 def save_walk(path, affinity_net, view, keys, cam, image, options, device):
     """Animate the propagation of one image: the foreground's share after 0, 1, 2, 4, ... steps."""
     offsets = half_disc(options["radius"])
-    stencil = image_affinity(affinity_net, view, offsets, device, options["precision"])
+    (stencil,) = affinities(affinity_net, [view], offsets, device, options["precision"])
     scores = torch.from_numpy(with_background(resize_maps(cam, stencil.shape[-2:]), options["bg_alpha"])).to(device)
     shown = {0} | {2 ** k for k in range(options["walk_steps"].bit_length())} | {options["walk_steps"]}
     small = resize_image(image, capped_size(image.shape[:2], 320))
@@ -160,9 +163,10 @@ def _one_image(networks, file, out, options, device):
     ((keys, cam),) = image_cams(networks["classifier"], [item], [None], options, device)
     offsets = half_disc(options["radius"])
     view = scaled_views(image, (1.0,), options["max_size"], WALK_STRIDE)[0]
-    stencil = image_affinity(networks["affinity"], view, offsets, device, options["precision"])
-    mask = masks.decide(image, keys, walk_scores(stencil, cam, offsets, options), masks.chosen_crf(options),
-                        options["max_size"], options["bg_threshold"])
+    stencils = affinities(networks["affinity"], [view], offsets, device, options["precision"])
+    (probabilities,) = walk_scores(stencils, [cam], offsets, options)
+    mask = masks.decide(image, keys, probabilities, masks.chosen_crf(options), options["max_size"],
+                        options["bg_threshold"])
     if options["save_walk"]:
         save_walk(out / "walks" / f"{file.stem}.gif", networks["affinity"], view, keys, cam, image, options, device)
     save_mask(out / f"{file.stem}.png", mask)

@@ -4,9 +4,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.build import build_network
+from data.make_toy import make_toy
+from models.build import build_network, pack
 from src import cams
-from src.cams import cam_size, image_cams, label_keys, view_maps
+from src.cams import cam_folder, cam_size, image_cams, label_keys, make_cams, view_maps
+from src.inference import make_walks, walk_folder
+from src.masks import load_scores
+from utils.artifacts import load_cam
+from utils.datasets import open_dataset
 
 CPU = torch.device("cpu")
 OPTIONS = {"flip": True, "precision": "fp32", "labels": "gt", "max_size": 512}
@@ -83,6 +88,28 @@ def test_the_common_objects_odds_are_averaged_over_scales_and_mirror_images(clas
 def test_without_the_mirror_image_there_is_one_view_a_scale(classifier):
     logits, cam, odds = view_maps(classifier, [item["views"][1] for item in items(2)], False, CPU, "fp32")
     assert logits.shape == (2, 1, 3) and cam.shape[:3] == (2, 1, 3) and odds.shape[:2] == (2, 1)
+
+
+def test_batches_of_images_give_the_files_of_one_at_a_time(classifier, monkeypatch, tmp_path):
+    make_toy(tmp_path / "data", train=7, test=1, classes=3, size=48)
+    dataset = open_dataset("pet", tmp_path / "data")
+    affinity = build_network("affinity", backbone="resnet18").eval()
+    options = {**OPTIONS, "scales": [1.0], "workers": 0, "difficult": True, "beta": 8.0, "walk_steps": 16,
+               "walk_eps": 1e-3, "radius": 5, "bg_alpha": 6.0}
+    made = {}
+    for together in (1, 4):
+        monkeypatch.setitem(cams.TOGETHER, "cpu", together)
+        record = pack(classifier, kind="classifier", backbone="resnet18", classes=3)
+        folder = cam_folder(tmp_path / f"cams{together}", record, dataset.classes, dataset.name, options)
+        make_cams(record, dataset, folder, options, CPU)
+        record = pack(affinity, kind="affinity", backbone="resnet18")
+        walks = walk_folder(tmp_path / f"walks{together}", record, folder, options)
+        make_walks(record, dataset, folder, walks, options, CPU)
+        made[together] = [(load_cam(folder.path, image_id)[1], load_scores(walks.path, image_id)[1])
+                          for image_id in dataset.ids]
+    for one, four in zip(*made.values()):
+        gaps = [abs(a - b).max() for a, b in zip(one, four)]
+        assert max(gaps) < 2e-3, f"CAM and walk differ by {gaps}, more than their files' steps"
 
 
 def test_the_grid_is_a_quarter_of_the_capped_image_rounded_up():

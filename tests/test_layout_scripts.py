@@ -142,7 +142,7 @@ def two_halves():
 def test_two_objects_side_by_side_are_both_propagated_and_both_in_the_mask(crf):
     image, kind, cam, stencil, offsets = two_halves()
     options = {"bg_alpha": 40.0, "beta": 8.0, "walk_steps": 256, "walk_eps": 1e-4}
-    probabilities = walk_scores(stencil, cam, offsets, options)
+    (probabilities,) = walk_scores([stencil], [cam], offsets, options)
     assert probabilities.shape == (3, 9, 13)
     for row in (1, 2):
         inside, outside = probabilities[row][kind == row].min(), probabilities[row][kind != row].max()
