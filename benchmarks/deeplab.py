@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.measure import Table
 from utils.runtime import keep_memory, wait_quietly
 
 ROOT = Path(__file__).resolve().parent.parent
