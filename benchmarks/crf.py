@@ -13,7 +13,7 @@ random scores. One process means one thread.
 - crf_torch_*: torch beside pydensecrf by preset, the CRF alone.  crf_batch: 4 images at once beside one at a time, on a
   GPU where there is one.
 
-Prints a table and, last, one JSON line a case; agreement is the share of pixels whose most probable class is the same.
+Agreement is the share of pixels whose most probable class is the same.
 """
 import argparse
 import tempfile
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measure import extra_mb, report
+from benchmarks.measure import Table, extra_mb
 from data.make_toy import make_toy
 from src.masks import in_threads
 from utils.crf import CRF, PRESETS, dense_crf, settle_backend
@@ -99,7 +99,7 @@ def beside(case, groups, ours, reference):
             error = max(error, float(abs(one - other).max()))
             same.append((one.argmax(axis=-3) == other.argmax(axis=-3)).mean())
     return dict(case=case, seconds=seconds, reference_seconds=reference_seconds, memory=memory,
-                error=float(f"{error:.1e}"), agreement=round(float(np.mean(same)), 5),
+                error=error, agreement=round(float(np.mean(same)), 5),
                 lowest_agreement=round(float(np.min(same)), 5), reference_extra_mb=reference_memory)
 
 
@@ -143,14 +143,6 @@ def image_files(root, count):
     return paths
 
 
-def print_table(rows):
-    print(f"{'case':<42}{'seconds':>9}{'reference':>11}{'ratio':>7}{'same pixels':>13}{'MB':>8}")
-    for row in rows:
-        memory = "" if row["memory"] is None else row["memory"]
-        print(f"{row['case']:<42}{row['seconds']:>9.2f}{row['reference_seconds']:>11.2f}"
-              f"{row['reference_seconds'] / row['seconds']:>7.2f}{row['agreement']:>13.3%}{memory:>8}")
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.crf", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -168,10 +160,10 @@ def main(argv=None):
         if args.data_root is None:
             make_toy(Path(folder) / "toy", train=args.count, test=1, size=430)
         paths = image_files(args.data_root or Path(folder) / "toy", args.count)
-        rows = [*pools(paths, backends, args.presets[0], args.workers), *comparisons(paths, backends, args.presets)]
-    print_table(rows)
-    for row in rows:
-        report(**row)
+        table = Table()
+        for row in (*pools(paths, backends, args.presets[0], args.workers), *comparisons(paths, backends, args.presets)):
+            table.add(**row)
+    table.finish()
 
 
 if __name__ == "__main__":
