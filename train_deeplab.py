@@ -20,7 +20,7 @@ def main(argv=None):
     from src import segment
     from src.records import check_classes
     from src.start import begin, open_split
-    from utils.artifacts import read_manifest, run_dir
+    from utils.artifacts import made_of, read_manifest, run_dir
     args.mask_dir = args.mask_dir or DEFAULTS["mask_dir"]
     if args.mask_dir == "gt":
         flags.resolve(parser, args)
@@ -33,6 +33,7 @@ def main(argv=None):
     dataset = open_split(args)
     if manifest is not None:
         check_classes(dataset, manifest["classes"], args.mask_dir)
+        dataset = made_of(dataset, args.mask_dir)
     read = segment.mask_reader(dataset, args.mask_dir)
     device = begin("Step 5", args, dataset)
     if args.dry_run:

@@ -71,24 +71,34 @@ SHARES = (0.25, 0.25, 0.5)  # their weights in the loss (PSA, Eq. 5)
 EPS = 1e-5  # keeps log(1 - a) finite for identical features, as in PSA's code
 
 
-def affinity_loss(features, labels, offsets):
+def affinity_loss(features, labels, offsets, counts=None):
     """Balanced binary cross-entropy over pixel pairs (PSA, Eqs. 3 to 5).
 
     features: (B, D, h, w).  labels: (B, h, w) integer; 0 background, 1.. classes, 255 not counted.
     offsets: pairs, from `utils.random_walk.half_disc`.
+    counts: (3,) pairs to divide by, of KINDS, where these images are part of a larger batch: the losses of its parts
+    then add up to that of the batch.  Left out, those of these images (`pair_counts`).
     Returns (loss, terms): 1/4 background-positive + 1/4 foreground-positive + 1/2 negative, each a mean over its own
     pairs of the batch, and the three means as a detached (3,) tensor in the order of KINDS.  A kind without pairs is 0.
     Raises ValueError if labels and features lie on different grids.
     """
     if features.shape[-2:] != labels.shape[-2:]:
         raise ValueError(f"labels are on a {tuple(labels.shape[-2:])} grid, features on {tuple(features.shape[-2:])}")
-    sums, counts = _PairSums.apply(features.float(), labels, offsets)
-    terms = sums / counts.clamp(min=1)
+    counts = pair_counts(labels, offsets) if counts is None else counts
+    terms = _PairSums.apply(features.float(), labels, offsets) / counts.clamp(min=1)
     return (terms * terms.new_tensor(SHARES)).sum(), terms.detach()
 
 
+def pair_counts(labels, offsets):
+    """Pairs of each of KINDS over all offsets: (3,) float32.  Arguments as of `affinity_loss`."""
+    counts = torch.zeros(3, device=labels.device)
+    for offset in offsets:
+        counts += torch.stack([mask.sum() for mask in _kind_masks(labels, offset)])
+    return counts
+
+
 class _PairSums(torch.autograd.Function):
-    """Sum of -log-likelihoods and count of pairs, by kind, over all offsets: (3,) and (3,).
+    """Sum of -log-likelihoods of pairs, by kind, over all offsets: (3,).
 
     Autograd would keep |f_i - f_j| for every offset, 34 x the features; here the backward pass computes it again, so
     that memory holds one offset at a time.
@@ -98,18 +108,16 @@ class _PairSums(torch.autograd.Function):
     def forward(ctx, features, labels, offsets):
         ctx.save_for_backward(features, labels)
         ctx.offsets = offsets
-        sums, counts = features.new_zeros(3), features.new_zeros(3)
+        sums = features.new_zeros(3)
         for offset in offsets:
             affinity = pair_affinity(features, offset)  # (B, h', w')
             positive, negative = -torch.log(affinity + EPS), -torch.log1p(EPS - affinity)
             for kind, mask in enumerate(_kind_masks(labels, offset)):
                 sums[kind] += (negative if KINDS[kind] == "neg" else positive)[mask].sum()
-                counts[kind] += mask.sum()
-        ctx.mark_non_differentiable(counts)
-        return sums, counts
+        return sums
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad):
         features, labels = ctx.saved_tensors
         out = torch.zeros_like(features)
         for offset in ctx.offsets:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from utils import distributed
+
 GRID = 28            # cells a side at most: A has 28^4 = 0.6 million entries
 IGNORE = -1          # label of a cell that is not reliable, or padding
 PAIR_CAP = 4096      # cells of either side whose pairs are separated; their product is what memory holds
@@ -48,11 +50,22 @@ class AffinityHead(nn.Module):
         features: (B, D, h, w).  valid: (B, N') bool on the pooled grid.
         """
         cells = pooled(features).flatten(2).transpose(1, 2)[valid]  # (n, D)
-        if len(cells) > 1:
+        count, mean, variance = _moments(cells)
+        if count > 1:
             share = MOMENTUM if self.steps > 0 else 1.0
-            self.mean.lerp_(cells.mean(dim=0), share)
-            self.variance.lerp_(cells.var(dim=0), share)
+            self.mean.lerp_(mean, share)
+            self.variance.lerp_(variance, share)
         self.steps += 1
+
+
+def _moments(cells):
+    """(how many, mean (D,), unbiased variance (D,)) of the cells (n, D) of all processes."""
+    if distributed.world() == 1:
+        return len(cells), cells.mean(dim=0), cells.var(dim=0)
+    found = distributed.total(torch.cat([cells.sum(dim=0), cells.new_full((1,), len(cells))]))
+    count, mean = int(found[-1]), found[:-1] / found[-1].clamp(min=1)
+    variance = distributed.total(((cells - mean) ** 2).sum(dim=0)) / max(1, count - 1)
+    return count, mean, variance
 
 
 def pooled(maps):

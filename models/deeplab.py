@@ -67,12 +67,14 @@ def mctformer_head(inputs, hidden, classes, _, dilation):
 HEADS = {"seamv1": seamv1_head, "mctformer": mctformer_head}
 
 
-def segmentation_loss(logits, target, ignore_index=255):
+def segmentation_loss(logits, target, ignore_index=255, pixels=None):
     """Cross-entropy at the target's resolution, averaged over the pixels that have a label.
 
     logits: (B, C, h, w), any float dtype; upsampled bilinearly in float32. Corners are aligned: crops measure
     stride * k + 1 pixels, so the corners of the grid lie on corner pixels.
     target: (B, H, W) int64, values in [0, C) or `ignore_index`.
+    pixels: how many to divide by, where these images are part of a larger batch: the losses of its parts then add up
+    to that of the batch.  Left out, those of these images (`labelled_pixels`).
     Returns a float32 scalar; 0, with a gradient of zeros, if no pixel has a label.
     Raises ValueError if the shapes do not belong together.
     """
@@ -81,4 +83,9 @@ def segmentation_loss(logits, target, ignore_index=255):
                          f"not {tuple(logits.shape)} and {tuple(target.shape)}")
     logits = F.interpolate(logits.float(), size=target.shape[-2:], mode="bilinear", align_corners=True)  # (B, C, H, W)
     total = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
-    return total / (target != ignore_index).sum().clamp(min=1)
+    return total / (labelled_pixels(target, ignore_index) if pixels is None else pixels).clamp(min=1)
+
+
+def labelled_pixels(target, ignore_index=255):
+    """How many pixels have a label, int64 scalar.  target: (B, H, W)."""
+    return (target != ignore_index).sum()

@@ -9,6 +9,7 @@ from models.build import unpack
 from models.fuse import for_inference
 from src.engine import autocast
 from src.inference import WALK_STRIDE
+from utils import distributed
 from utils.errors import UserError
 from utils.images import image_size, read_image
 from utils.loader import scaled_views
@@ -26,6 +27,8 @@ def show_affinity(payload, paths, chosen, options, device):
 
     paths: of the images, from `shown_images`.  chosen: (x, y) in pixels of the images.
     """
+    if not distributed.is_main():
+        return
     folder = Path(options["output_dir"]) / "affinity"
     networks = {kind: for_inference(unpack(payload["networks"][kind]), device)
                 for kind in STEMS if kind in payload["networks"]}

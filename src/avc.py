@@ -42,9 +42,11 @@ def shown_pixels(images):
     return (images != 0).any(dim=1, keepdim=True)
 
 
-def cut(images, view):
+def cut(images, view, start=0, of=None):
     """The second view of images (B, 3, H, W): window, scale, flip and other colours; padding stays 0.
 
+    start, of: where the images begin in a batch of `of` images, for all of which colours are drawn; left out, they are
+    the batch.
     Returns (images, pixels that are no padding (B, 1, h, w) bool).
     """
     top, left, height, width = view.window
@@ -56,7 +58,8 @@ def cut(images, view):
         shown = F.interpolate(shown.float(), size=view.size, mode="bilinear", align_corners=True) > 0.999
     if view.flip:
         part, shown = part.flip(-1), shown.flip(-1)
-    draws = torch.rand(2, len(part), 3, 1, 1, device="cpu").to(part) * 2 - 1
+    drawn = torch.rand(2, of or len(part), 3, 1, 1, device="cpu")[:, start:start + len(part)]
+    draws = drawn.to(part) * 2 - 1
     part = part * (1 + COLOUR[0] * draws[0, :, :1]) + COLOUR[1] * draws[1]
     return (part * shown).contiguous(memory_format=torch.channels_last), shown
 
@@ -85,14 +88,16 @@ def avc_loss(options, count):
     """The loss of stage 1 with --method avc, as `src.engine.Task` takes it.  count: of training images.
 
     Both views are classified. The schedule follows the head's own count of steps, which is saved with it.
+    In several processes each term is the mean of their own means, weighed by their images, and the background that
+    objects are separated from is that of the process's images.
     """
     weights = {name: options[f"avc_{name}"] for name in TERMS}
     total = len(EpochBatches(count, options["batch_size"], options["seed"], 0)) * options["epochs"]
 
-    def loss(network, batch):
+    def loss(network, batch, part):
         images, labels = batch["image"], batch["labels"]
         shown, view = shown_pixels(images), draw_view(images.shape[-2:])
-        other, other_shown = cut(images, view)
+        other, other_shown = cut(images, view, part.start, part.of)
         first, second = network.training_maps(images), network.training_maps(other)
         progress = network.avc.steps.item() / total
         value = (classification_loss(first[0], labels) + classification_loss(second[0], labels)) / 2
@@ -105,7 +110,7 @@ def avc_loss(options, count):
         for name in TERMS:
             terms[name] = found[name].item() if name in found else 0.0
             value = value + factor * weights[name] * found[name] if name in found else value
-        return value, terms
+        return value * part.share, {name: term * part.share for name, term in terms.items()}
     return loss
 
 

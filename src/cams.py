@@ -11,6 +11,7 @@ from utils.artifacts import Folder, save_cam
 from utils.loader import WholeImages, equal_batches, whole_image_loader
 from utils.log import environment, progress
 from utils.maps import capped_size
+from utils.options import skips_bad
 
 CAM_STRIDE = 4
 SHARPNESS = 2.2  # 0.5 ** 2.2 = 0.22, which is (1 - 0.22) ** 6
@@ -114,10 +115,12 @@ def make_cams(record, dataset, folder, options, device):
     pending = folder.pending(dataset)
     if pending.ids:
         classifier = for_inference(unpack(record), device)
-        images = WholeImages(pending, options["scales"], options["max_size"], classifier.trunk.stride)
+        images = WholeImages(pending, options["scales"], options["max_size"], classifier.trunk.stride,
+                             skip_bad=skips_bad(options))
         items = progress(whole_image_loader(images, options["workers"], device), "CAM", len(pending))
         for batch in equal_batches(items, TOGETHER[device.type]):
             labels = [pending.label(item["index"]) for item in batch]
             for item, (keys, cam) in zip(batch, image_cams(classifier, batch, labels, options, device)):
                 save_cam(folder.path, pending.ids[item["index"]], keys, cam, item["size"])
+        folder.failures.update(images.failures)
     folder.finish(dataset.ids, options, environment(device))

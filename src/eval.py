@@ -6,7 +6,8 @@ import numpy as np
 from src.inference import make_scores, split_cams
 from src.masks import chosen_crf, decide, full_size
 from src.scoring import BOX, Stage, score_split
-from utils.artifacts import MANIFEST, read_json, write_json
+from utils import distributed
+from utils.artifacts import MANIFEST, made_of, read_json, write_json
 from utils.errors import UserError
 from utils.maps import foreground_share
 from utils.metrics import scores
@@ -106,9 +107,13 @@ def _plain(value):
 
 
 def evaluate(dataset, stages, options):
-    """Score, report and picture a split; everything lands in --output_dir.  Returns the table."""
+    """Score, report and picture a split; everything lands in --output_dir.  Returns the table, in rank 0."""
     folder = Path(options["output_dir"])
+    for stage in stages:
+        dataset = made_of(dataset, stage.folder)
     tallies = score_split(dataset, stages, options)
+    if not distributed.is_main():
+        return None
     table = report(dataset, tallies, options, folder)
     save_panels(dataset, stages, tallies, options, folder)
     print(f"Wrote scores.json, plots and panels to {folder}")

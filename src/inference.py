@@ -11,13 +11,15 @@ from src import masks
 from src.cams import TOGETHER, cam_folder, image_cams, make_cams
 from src.engine import autocast
 from src.records import record_hash
-from utils.artifacts import Folder, load_cam, run_dir, save_arrays
+from utils import distributed
+from utils.artifacts import Folder, load_cam, made_of, run_dir, save_arrays
 from utils.checkpoint import is_checkpoint
-from utils.errors import UserError
+from utils.errors import ImageError, UserError
 from utils.images import SUFFIXES, read_image
 from utils.loader import WholeImages, equal_batches, scaled_views, whole_image_loader
 from utils.log import environment, progress
 from utils.maps import capped_size, foreground_share, resize_image, resize_maps, with_background
+from utils.options import skips_bad
 from utils.random_walk import half_disc, random_walks, walk_frames
 from utils.visualize import heatmap, overlay, overlay_mask, save_gif, save_mask, save_picture
 
@@ -53,12 +55,13 @@ def make_walks(record, dataset, cams, folder, options, device):
     if folder.holds(dataset):
         print(f"Using the walked scores in {folder.path}: same networks and options")
         return  # its manifest stays as it is: that of the masks made from it holds its hash
+    dataset = made_of(dataset, cams.path)
     folder.begin()
     pending = folder.pending(dataset)
     if pending.ids:
         affinity_net = for_inference(unpack(record), device)
         offsets = half_disc(options["radius"])
-        images = WholeImages(pending, (1.0,), options["max_size"], WALK_STRIDE)
+        images = WholeImages(pending, (1.0,), options["max_size"], WALK_STRIDE, skip_bad=skips_bad(options))
         items = progress(whole_image_loader(images, options["workers"], device), "random walk", len(pending))
         for batch in equal_batches(items, TOGETHER[device.type]):
             stencils = affinities(affinity_net, [item["views"][0] for item in batch], offsets, device,
@@ -66,6 +69,7 @@ def make_walks(record, dataset, cams, folder, options, device):
             keys, maps, _ = zip(*(load_cam(cams.path, pending.ids[item["index"]]) for item in batch))
             for item, key, scores in zip(batch, keys, walk_scores(stencils, maps, offsets, options)):
                 save_scores(folder.path, pending.ids[item["index"]], key, scores, item["size"])
+        folder.failures.update(images.failures)
     folder.finish(dataset.ids, options, environment(device), parent=cams.path)
 
 
@@ -110,10 +114,11 @@ def run(payload, dataset, options, device):
     """Step 3: pseudo-masks of a split in --output_dir."""
     masks_out = Path(options["output_dir"])
     cams, walks = make_scores(payload, dataset, options, device)
+    dataset = made_of(dataset, walks.path)
     folder = masks.mask_folder(masks_out, walks, options)
     folder.begin()
     masks.make_masks(dataset, walks.path, folder, options, options["save_overlays"])
-    if options["save_walk"]:
+    if options["save_walk"] and distributed.is_main():
         save_walks(payload, dataset, cams, masks_out / "walks", options, device)
     folder.finish(dataset.ids, options, {**environment(device), "classes": list(dataset.classes)}, parent=walks.path)
     return masks_out
@@ -149,8 +154,14 @@ def run_images(payload, paths, options, device):
     networks = {name: for_inference(unpack(payload["networks"][name]), device)
                 for name in ("classifier", "affinity")}
     out = Path(options["output_dir"])
-    for file in progress(paths, "masks"):
-        mask, keys = _one_image(networks, file, out, options, device)
+    for file in progress(distributed.share(paths), "masks"):
+        try:
+            mask, keys = _one_image(networks, file, out, options, device)
+        except ImageError as error:
+            if not skips_bad(options):
+                raise
+            print(f"Skipping {file}: {error}", file=sys.stderr)
+            continue
         named = ", ".join(payload["classes"][key] for key in keys)
         share = np.mean(mask > 0)
         print(f"{file}: {named}; foreground {share:.0%} -> {out / f'{file.stem}.png'}")

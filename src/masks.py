@@ -9,9 +9,10 @@ from PIL import Image
 
 from utils.artifacts import Folder, load_arrays, load_cam
 from utils.crf import CRF, PRESETS, CRFParams, dense_crf
-from utils.errors import UserError
+from utils.errors import ImageError, UserError
 from utils.layouts.base import IGNORE, check_size
 from utils.maps import capped_size, move_threshold, resize_image, resize_maps, to_mask, with_background
+from utils.options import skips_bad
 from utils.parallel import map_parallel
 from utils.visualize import overlay_mask, read_mask, save_mask, save_picture
 
@@ -115,7 +116,7 @@ def make_affinity_labels(dataset, cam_dir, folder, options):
     settings = {name: options[name] for name in ("alpha_low", "alpha_high", "max_size")}
     settings["crf"] = chosen_crf(options)
     work = partial(_label_file, cam_dir=str(cam_dir), folder=str(folder.path), settings=settings)
-    _run(work, dataset, folder, options["workers"], settings["crf"], "affinity labels")
+    _run(work, dataset, folder, options, settings["crf"], "affinity labels")
 
 
 def _label_file(item, cam_dir, folder, settings):
@@ -128,7 +129,7 @@ def make_masks(dataset, score_dir, folder, options, overlays=False):
     """Write the masks of a split, overlays/ beside them if asked for; finished ones of the same options are kept."""
     settings = {**{name: options[name] for name in ("max_size", "bg_threshold")}, "crf": chosen_crf(options)}
     work = partial(_mask_file, score_dir=str(score_dir), folder=str(folder.path), settings=settings, overlays=overlays)
-    _run(work, dataset, folder, options["workers"], settings["crf"], "masks", overlays)
+    _run(work, dataset, folder, options, settings["crf"], "masks", overlays)
 
 
 def _mask_file(item, score_dir, folder, settings, overlays):
@@ -141,9 +142,19 @@ def _mask_file(item, score_dir, folder, settings, overlays):
     save_mask(Path(folder) / f"{image_id}.png", mask)
 
 
-def _run(work, dataset, folder, workers, crf, description, redo=False):
-    for _ in map_parallel(work, dataset if redo else folder.pending(dataset), workers, description, in_threads(crf)):
-        pass
+def _run(work, dataset, folder, options, crf, description, redo=False):
+    work = partial(_or_reason, work) if skips_bad(options) else work
+    chosen = dataset.share() if redo else folder.pending(dataset)
+    for failure in map_parallel(work, chosen, options["workers"], description, in_threads(crf)):
+        folder.failures.update(failure or {})
+
+
+def _or_reason(work, item):
+    """Work on an item; {image id: reason} if its image cannot be decoded."""
+    try:
+        work(item)
+    except ImageError as error:
+        return {item[0]: str(error)}
 
 
 def in_threads(crf):

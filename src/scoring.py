@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from src.masks import chosen_crf, full_size, in_threads, load_scores, read_checked, refine
+from utils import distributed
 from utils.artifacts import load_cam
 from utils.maps import foreground_share, to_mask, with_background
 from utils.metrics import SweepHistogram, central_box, confusion, foreground_iou, scores
@@ -49,14 +50,21 @@ class Tally:
         if sweep is not None:
             self.sweep.add_image(sweep)
 
+    def merge(self, other):
+        """Add what another process counted of its own images."""
+        counted = [matrix for matrix in (self.fixed, other.fixed) if matrix is not None]
+        self.fixed = sum(counted) if counted else None
+        self.images.update(other.images)
+        self.sweep.add(other.sweep)
+
     def fixed_scores(self):
         return {**scores(self.fixed), "image_fg_iou": float(np.nanmean(list(self.images.values())))}
 
 
 def score_split(dataset, stages, options):
-    """Count every stage on every image, in --workers processes.
+    """Count every stage on every image, in --workers processes; of several processes each counts its share.
 
-    Returns {stage name: Tally}, with the central box beside them.
+    Returns {stage name: Tally}, with the central box beside them, the same in all processes.
     """
     dataset.check_truth()
     classes = len(dataset.classes) + 1
@@ -64,10 +72,21 @@ def score_split(dataset, stages, options):
     settings = {name: options.get(name) for name in ("bg_alpha", "bg_threshold", "max_size")}
     settings["crf"] = chosen_crf(options) if any(stage.crf for stage in stages) else None
     work = partial(_score_image, stages=stages, settings=settings)
-    for image_id, counted in map_parallel(work, dataset, options["workers"], "scoring",
+    for image_id, counted in map_parallel(work, dataset.share(), options["workers"], "scoring",
                                           in_threads(settings["crf"])):
         for name, (matrix, sweep) in counted.items():
             tallies[name].add(image_id, matrix, sweep)
+    return tallies if distributed.world() == 1 else _combined(distributed.gather(tallies), dataset)
+
+
+def _combined(parts, dataset):
+    """One {stage name: Tally} of those of all processes, its images in the order of the split."""
+    tallies = parts[0]
+    for part in parts[1:]:
+        for name, tally in part.items():
+            tallies[name].merge(tally)
+    for tally in tallies.values():
+        tally.images = {image_id: tally.images[image_id] for image_id in dataset.ids}
     return tallies
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from models.build import build_network, pack, unpack
-from models.deeplab import segmentation_loss
+from models.deeplab import labelled_pixels, segmentation_loss
 from models.fuse import for_inference
 from src import engine, masks
 from src.eval import Stage, evaluate
@@ -15,12 +15,14 @@ from src.cams import label_keys
 from src.inference import save_scores
 from src.records import record_hash
 from src.train import initialise, network_options, rounded_crop, split_holdout
-from utils.artifacts import Folder
+from utils import distributed
+from utils.artifacts import Folder, made_of
 from utils.errors import UserError
 from utils.loader import TrainingSamples, WholeImages, whole_image_loader
 from utils.log import environment, progress
 from utils.maps import capped_size, grid_size
 from utils.metrics import confusion, scores
+from utils.options import skips_bad
 from utils.transforms import Augmentation, resize_labels
 
 SCALE = {"seamv1": (0.5, 1.5), "mctformer": (0.7, 1.3)}  # random scale of a training image, by DeepLab's head
@@ -63,17 +65,19 @@ def run_training(dataset, read, options, device):
     initialise(network, options)
     learn, held = split_holdout(dataset, options["val_fraction"], options["seed"])
     augmentation = Augmentation(rounded_crop(options), scale=SCALE[options["head"]], max_size=options["max_size"])
-    samples = TrainingSamples(dataset.subset(learn), augmentation, options["seed"], lambda index: read(learn[index]))
+    samples = TrainingSamples(dataset.subset(learn), augmentation, options["seed"], lambda index: read(learn[index]),
+                              skips_bad(options))
     held_set = dataset.subset(held)
     task = engine.Task(
         "deeplab", network, _loss, samples, len(learn),
         _validation(held_set, lambda index: read(held[index]), options, device) if held else None,
-        lambda: {"classes": list(dataset.classes), "networks": {"deeplab": pack(network, **how)}})
+        lambda: {"classes": list(dataset.classes), "networks": {"deeplab": pack(network, **how)}},
+        lambda batch: labelled_pixels(batch["target"]))
     return engine.train(task, options, options["output_dir"], device)
 
 
-def _loss(network, batch):
-    return segmentation_loss(network(batch["image"]), batch["target"]), {}
+def _loss(network, batch, part):
+    return segmentation_loss(network(batch["image"]), batch["target"], pixels=part.totals), {}
 
 
 def _validation(dataset, read, options, device):
@@ -82,13 +86,15 @@ def _validation(dataset, read, options, device):
 
     def validate(network):
         total = np.zeros((classes, classes), np.int64)
-        images = WholeImages(dataset, max_size=options["max_size"], stride=network.trunk.stride)
+        own = range(len(dataset))[distributed.rank()::distributed.world()]
+        images = WholeImages(dataset.subset(own), max_size=options["max_size"], stride=network.trunk.stride,
+                             skip_bad=skips_bad(options))
         for item in whole_image_loader(images, options["workers"], device):
             logits = network(item["views"][0][None].to(device, memory_format=torch.channels_last)).float()
             size = logits.shape[-2:]
             prediction = logits[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
-            total += confusion(prediction, resize_labels(read(int(item["index"])), size), classes)
-        return {"score": scores(total)["miou"]}
+            total += confusion(prediction, resize_labels(read(own[int(item["index"])]), size), classes)
+        return {"score": scores(sum(distributed.gather(total)))["miou"]}
     return validate
 
 
@@ -128,7 +134,8 @@ def make_scores(record, dataset, folder, options, device):
     pending = folder.pending(dataset)
     if pending.ids:
         network = for_inference(unpack(record), device)
-        images = WholeImages(pending, options["scales"], options["max_size"], network.trunk.stride)
+        images = WholeImages(pending, options["scales"], options["max_size"], network.trunk.stride,
+                             skip_bad=skips_bad(options))
         for item in progress(whole_image_loader(images, options["workers"], device), "DeepLab", len(pending)):
             index = item["index"]
             grid = grid_size(capped_size(item["size"], options["max_size"]), 8)
@@ -137,6 +144,7 @@ def make_scores(record, dataset, folder, options, device):
             keys = kept_classes(probabilities, pending.label(index), options["labels"])
             kept = probabilities[np.concatenate([[0], keys + 1])]
             save_scores(folder.path, pending.ids[index], keys, kept / np.maximum(kept.sum(axis=0), 1e-8), item["size"])
+        folder.failures.update(images.failures)
     folder.finish(dataset.ids, options, environment(device))
 
 
@@ -150,6 +158,7 @@ def run_test(payload, dataset, options, device):
     identity = {"deeplab": record_hash(record), "dataset": dataset.name, **{name: options[name] for name in names}}
     maps = Folder(home / "scores", "deeplab", ".npz", identity)
     make_scores(record, dataset, maps, options, device)
+    dataset = made_of(dataset, maps.path)
     folder = masks.mask_folder(home / "masks", maps, options)
     folder.begin()
     masks.make_masks(dataset, maps.path, folder, options, options["save_overlays"])

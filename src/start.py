@@ -1,6 +1,7 @@
 """What every script does between its flags and its work: open the split, settle the device, say what will run."""
 import sys
 
+from utils import distributed
 from utils.crf import settle_backend
 from utils.datasets import open_dataset
 from utils.errors import UserError
@@ -10,8 +11,9 @@ from utils.options import pick_device, print_options
 
 def open_split(args):
     """The split that the flags name; --split is settled to the training split if it was left out."""
-    dataset = open_dataset(args.dataset, args.data_root, args.split, args.limit, args.ids,
-                           getattr(args, "download", False), args.difficult)
+    with distributed.main_first():  # what it downloads or parses is there for the others
+        dataset = open_dataset(args.dataset, args.data_root, args.split, args.limit, args.ids,
+                               getattr(args, "download", False), args.difficult)
     args.split = dataset.split
     return dataset
 
@@ -38,7 +40,8 @@ def begin(step, args, dataset=None):
     print_options(step, args)
     facts = environment(device)
     dirty = " with changes" if facts["git_dirty"] else ""
-    print(f"  torch {facts['torch']} on {facts['device_name']}, commit {(facts['git_commit'] or 'none')[:10]}{dirty}"
+    place = facts["device_name"] + (f" in {distributed.world()} processes" if distributed.world() > 1 else "")
+    print(f"  torch {facts['torch']} on {place}, commit {(facts['git_commit'] or 'none')[:10]}{dirty}"
           + (f", {len(dataset)} images, {len(dataset.classes)} classes" if dataset is not None else ""),
           file=sys.stderr)
     if args.dry_run:

@@ -3,6 +3,7 @@ import tarfile
 from pathlib import Path
 
 from src.masks import missing, read_checked
+from utils import distributed
 from utils.artifacts import atomic_path
 from utils.errors import UserError
 from utils.log import progress
@@ -29,6 +30,8 @@ def write_submission(path, mask_dir, dataset):
 
     UserError if an image has no mask, or one of another size or with values that are no class (255 included).
     """
+    if not distributed.is_main():
+        return
     lacking = missing(mask_dir, dataset.ids)
     if lacking:
         raise UserError(f"{mask_dir} lacks {len(lacking)} of the {len(dataset)} masks of split {dataset.split}, such as "

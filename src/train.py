@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from models.affinitynet import KINDS, affinity_loss
+from models.affinitynet import KINDS, affinity_loss, pair_counts
 from models.build import build_network, pack, unpack
 from models.classifier import classification_loss
 from models.weights import load_pretrained
@@ -15,14 +15,15 @@ from src.avc import AVC_RECORD, avc_loss, last_epoch_counts
 from src.cams import cam_folder, make_cams
 from src.inference import WALK_STRIDE
 from src.records import record_hash
-from utils.artifacts import Folder, read_manifest, write_json
+from utils import distributed
+from utils.artifacts import Folder, made_of, read_manifest, write_json
 from utils.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.loader import TrainingSamples, WholeImages, whole_image_loader
 from utils.log import environment, progress
 from utils.maps import snapped_size
 from utils.metrics import average_precision
-from utils.options import NETWORK
+from utils.options import NETWORK, skips_bad
 from utils.random_walk import half_disc
 from utils.transforms import Augmentation, cutmix
 from utils.visualize import read_mask
@@ -77,6 +78,9 @@ def _settle_method(network, options, pretrained):
     if options["method"] == "avc" and options["cutmix"]:
         raise UserError("--cutmix pastes images together, and --method avc asks what is one object; "
                         "leave one of them out")
+    if options["method"] == "avc" and options["accumulate"] > 1:
+        raise UserError("--method avc compares all images of a step, which --accumulate takes apart; leave one of them "
+                        "out")
     if options["freeze"] is None:
         options["freeze"] = needed if common or options["method"] == "avc" else 2
         print(f"Chose method={options['method']} freeze={options['freeze']}", file=sys.stderr)
@@ -110,18 +114,21 @@ def run_stage1(dataset, options, device):
     learn, held = split_holdout(dataset, options["val_fraction"], options["seed"])
     crop = rounded_crop(options)
     augmentation = Augmentation(crop, long_side=tuple(options["long_side"] or (crop * part for part in LONG_SIDE)))
-    samples = TrainingSamples(dataset.subset(learn), augmentation, options["seed"])
+    samples = TrainingSamples(dataset.subset(learn), augmentation, options["seed"], skip_bad=skips_bad(options))
     validate = _classifier_validation(dataset.subset(held), options, device) if held else None
     task = engine.Task(
         "stage1", network, avc_loss(options, len(learn)) if avc else _classifier_loss(options["cutmix"]), samples,
         len(learn), last_epoch_counts(validate) if avc else validate,
-        lambda: {"classes": list(dataset.classes), "networks": {"classifier": pack(network, **how)}})
+        lambda: {"classes": list(dataset.classes), "networks": {"classifier": pack(network, **how)}}, idle=avc)
     best_path = engine.train(task, options, options["output_dir"], device)
     best = load_checkpoint(best_path)
     record = best["networks"]["classifier"]
     if options["method"] == "common":
-        record = fit_common_object(record, dataset, options, device)
-        save_checkpoint(best_path, {**best, "networks": {"classifier": record}})
+        if distributed.is_main():  # its samples are one stream of random numbers over all images
+            record = fit_common_object(record, dataset, options, device)
+            save_checkpoint(best_path, {**best, "networks": {"classifier": record}})
+        distributed.barrier()
+        record = load_checkpoint(best_path)["networks"]["classifier"]
     _write_cams(record, dataset, options, best_path, device)
 
 
@@ -136,9 +143,11 @@ def adopt_classifier(payload, dataset, options, device):
         path = Path(options["output_dir"]) / "model_best.pth.tar"
         if path.is_file() and record_hash(load_checkpoint(path)["networks"]["classifier"]) != record_hash(record):
             raise UserError(f"{path} is there already, with another classifier; pass another --output_dir")
-        save_checkpoint(path, {"step": "stage1", "options": options, "epoch": 0, "classes": payload["classes"],
-                               "networks": {"classifier": record}})
-        write_json(path.parent / "options.json", {"step": "stage1", "options": options, **environment(device)})
+        distributed.barrier()  # all have looked
+        if distributed.is_main():
+            save_checkpoint(path, {"step": "stage1", "options": options, "epoch": 0, "classes": payload["classes"],
+                                   "networks": {"classifier": record}})
+            write_json(path.parent / "options.json", {"step": "stage1", "options": options, **environment(device)})
     _write_cams(record, dataset, options, path, device)
 
 
@@ -154,7 +163,8 @@ def fit_common_object(record, dataset, options, device):
     classifier = unpack(record).to(device, memory_format=torch.channels_last)
     per_image = max(4, DESCRIPTORS // len(dataset))
     rng = torch.Generator().manual_seed(options["seed"])
-    images = WholeImages(dataset, max_size=options["max_size"], stride=classifier.trunk.stride)
+    images = WholeImages(dataset, max_size=options["max_size"], stride=classifier.trunk.stride,
+                         skip_bad=skips_bad(options))
     samples = []
     for item in progress(whole_image_loader(images, options["workers"], device), "common object", len(dataset)):
         labels = np.flatnonzero(dataset.labels[item["index"]])
@@ -182,23 +192,28 @@ def _sample_descriptors(classifier, view, labels, count, rng, precision):
 
 
 def _classifier_loss(cutmix_probability):
-    def loss(network, batch):
+    def loss(network, batch, part):
         images, labels = batch["image"], batch["labels"]
         if cutmix_probability and torch.rand(()) < cutmix_probability:
             images, labels = cutmix(images, labels)
-        return classification_loss(network(images), labels), {}
+        return classification_loss(network(images), labels) * part.share, {}
     return loss
 
 
 def _classifier_validation(dataset, options, device):
     """Mean average precision over the held-out images' labels."""
     def validate(network):
-        images = WholeImages(dataset, max_size=rounded_crop(options), stride=network.trunk.stride)
-        logits = []
+        own = dataset.share()
+        images = WholeImages(own, max_size=rounded_crop(options), stride=network.trunk.stride,
+                             skip_bad=skips_bad(options))
+        logits = {}
         for item in whole_image_loader(images, options["workers"], device):
             view = item["views"][0][None].to(device, memory_format=torch.channels_last)
-            logits.append(network(view)[0].float().cpu().numpy())
-        return {"score": float(np.nan_to_num(average_precision(np.stack(logits), dataset.labels)))}
+            logits[own.ids[item["index"]]] = network(view)[0].float().cpu().numpy()
+        logits = distributed.merged(logits, dataset.ids)
+        labels = {image_id: dataset.labels[index] for index, image_id in enumerate(dataset.ids)}
+        found = average_precision(np.stack(list(logits.values())), np.stack([labels[image_id] for image_id in logits]))
+        return {"score": float(np.nan_to_num(found))}
     return validate
 
 
@@ -207,7 +222,7 @@ def run_stage2(dataset, classifier, options, device):
 
     classifier: the stage-1 checkpoint that made them; it goes into this stage's checkpoint too.
     """
-    record = classifier["networks"]["classifier"]
+    record, dataset = classifier["networks"]["classifier"], made_of(dataset, options["cam_dir"])
     torch.manual_seed(options["seed"])
     how = network_options("affinity", options)
     network = build_network(**how)
@@ -216,13 +231,13 @@ def run_stage2(dataset, classifier, options, device):
     learn, held = split_holdout(dataset, options["val_fraction"], options["seed"])
     learning = dataset.subset(learn)
     augmentation = Augmentation(rounded_crop(options), max_size=options["max_size"])
-    samples = TrainingSamples(learning, augmentation, options["seed"], labels.reader(learning))
+    samples = TrainingSamples(learning, augmentation, options["seed"], labels.reader(learning), skips_bad(options))
     offsets = half_disc(options["radius"])
     task = engine.Task(
         "stage2", network, _affinity_loss(offsets), samples, len(learn),
         _affinity_validation(dataset.subset(held), labels, offsets, options, device) if held else None,
         lambda: {"classes": list(dataset.classes), "networks": {
-            "affinity": pack(network, **how), "classifier": record}})
+            "affinity": pack(network, **how), "classifier": record}}, _pair_totals(offsets))
     engine.train(task, options, options["output_dir"], device)
 
 
@@ -247,21 +262,27 @@ def _affinity_labels(dataset, options):
 
 
 def _affinity_loss(offsets):
-    def loss(network, batch):
+    def loss(network, batch, part):
         features = network(batch["image"])
-        value, terms = affinity_loss(features, batch["target"][:, ::WALK_STRIDE, ::WALK_STRIDE], offsets)
-        return value, dict(zip(KINDS, terms.tolist()))
+        value, terms = affinity_loss(features, batch["target"][:, ::WALK_STRIDE, ::WALK_STRIDE], offsets, part.totals)
+        return value, dict(zip(KINDS, terms))
     return loss
+
+
+def _pair_totals(offsets):
+    return lambda batch: pair_counts(batch["target"][:, ::WALK_STRIDE, ::WALK_STRIDE], offsets)
 
 
 def _affinity_validation(dataset, labels, offsets, options, device):
     """Minus the mean affinity loss over the held-out images, whole."""
     def validate(network):
-        images = WholeImages(dataset, max_size=options["max_size"], stride=WALK_STRIDE, target=labels.reader(dataset))
-        losses = []
+        own = dataset.share()
+        images = WholeImages(own, max_size=options["max_size"], stride=WALK_STRIDE, target=labels.reader(own),
+                             skip_bad=skips_bad(options))
+        losses = {}
         for item in whole_image_loader(images, options["workers"], device):
             features = network(item["views"][0][None].to(device, memory_format=torch.channels_last))
             target = item["target"][None, ::WALK_STRIDE, ::WALK_STRIDE].to(device)
-            losses.append(affinity_loss(features, target, offsets)[0].item())
-        return {"score": -float(np.mean(losses))}
+            losses[own.ids[item["index"]]] = affinity_loss(features, target, offsets)[0].item()
+        return {"score": -float(np.mean(list(distributed.merged(losses, dataset.ids).values())))}
     return validate

@@ -227,10 +227,11 @@ def test_the_manifest_tells_what_was_made_from_what(tmp_path):
     filled(tmp_path / "cams")
     child = Folder(tmp_path / "walks", "walk", ".npz", {"beta": 8})
     child.begin()
-    child.finish(["b", "a"], {"beta": 8.0}, {"git_commit": "123"}, failures=["a"], parent=tmp_path / "cams")
+    child.failures["a"] = "is damaged"
+    child.finish(["b", "a"], {"beta": 8.0}, {"git_commit": "123"}, parent=tmp_path / "cams")
     found = read_manifest(tmp_path / "walks", "walk")
-    expected = {"step": "walk", "complete": True, "identity": {"beta": 8}, "options": {"beta": 8.0}, "count": 2,
-                "git_commit": "123", "failures": ["a"], "images": ["b", "a"],
+    expected = {"step": "walk", "complete": True, "identity": {"beta": 8}, "options": {"beta": 8.0}, "count": 1,
+                "git_commit": "123", "failures": [{"image": "a", "reason": "is damaged"}], "images": ["b"],
                 "made_from": file_hash(tmp_path / "cams" / "manifest.json")}
     assert {name: found[name] for name in expected} == expected, found
     assert found["seconds"] >= 0

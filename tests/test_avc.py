@@ -7,6 +7,7 @@ import torch
 from models import avc
 from models.build import build_network, pack, unpack
 from src.avc import Pair, View, affinity_terms, avc_loss, cut, draw_view, ramp, shown_pixels, valid_cells
+from src.task import Part
 
 GRID = (5, 7)
 N = GRID[0] * GRID[1]
@@ -271,7 +272,8 @@ def test_gradients_are_finite_on_padded_multi_label_images(name):
     net.avc.steps += 5
     images = torch.randn(2, 3, 65, 65)
     images[0, :, 40:] = 0
-    value, terms = avc_loss(OPTIONS, 20)(net, {"image": images, "labels": torch.tensor([[1., 1, 0], [0, 0, 1]])})
+    batch = {"image": images, "labels": torch.tensor([[1., 1, 0], [0, 0, 1]])}
+    value, terms = avc_loss(OPTIONS, 20)(net, batch, Part(0, 2, 2, None))
     value.backward()
     assert math.isfinite(value.item()) and terms["equivariance"] > 0, terms
     assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)

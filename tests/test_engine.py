@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from models.build import build_network
 from models.trunk import Network
-from src.engine import RESUME_FREE, Task, parameter_groups, train
+from src.engine import Task, train
+from src.resume import RESUME_FREE
+from src.stepper import parameter_groups
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.loader import TrainingSamples
@@ -23,7 +25,7 @@ COUNT, BATCH, EPOCHS = 10, 4, 3
 STEPS = 3  # a batch of four, one of four, one of two
 OPTIONS = {"batch_size": BATCH, "epochs": EPOCHS, "lr": 0.02, "head_lr": 5.0, "momentum": 0.9, "weight_decay": 1e-3,
            "seed": 3, "workers": 0, "precision": "fp32", "resume": False, "tensorboard": False, "scales": [0.5, 1.0],
-           "output_dir": "somewhere"}
+           "output_dir": "somewhere", "accumulate": 1, "clip_grad": 0.0, "compile": False, "save_every": 0.0}
 
 
 class Trunk(nn.Module):
@@ -58,13 +60,17 @@ class Noise:
         rng = np.random.default_rng(0)
         self.images = rng.integers(0, 256, (COUNT, 20, 24, 3), dtype=np.uint8)
         self.labels = np.eye(2, dtype=np.uint8)[rng.integers(0, 2, COUNT)]
+        self.ids = [f"noise_{index}" for index in range(COUNT)]
+
+    def __len__(self):
+        return COUNT
 
     def image(self, index):
         return self.images[index]
 
 
-def classify(network, batch):
-    loss = F.binary_cross_entropy_with_logits(network(batch["image"]), batch["labels"].float())
+def classify(network, batch, part):
+    loss = F.binary_cross_entropy_with_logits(network(batch["image"]), batch["labels"].float()) * part.share
     return loss, {"twice": 2 * loss.item()}
 
 
@@ -80,11 +86,11 @@ def interrupting(step, number=signal.SIGINT):
     """The loss, with a signal sent to this process in the given call (counted from 0)."""
     calls = []
 
-    def loss(network, batch):
+    def loss(network, batch, part):
         if len(calls) == step:
             os.kill(os.getpid(), number)
         calls.append(1)
-        return classify(network, batch)
+        return classify(network, batch, part)
     return loss
 
 
@@ -227,7 +233,7 @@ def test_an_interruption_during_validation_stops_the_run_too(tmp_path, epoch):
 
 
 def test_a_second_interruption_stops_at_once(tmp_path):
-    def loss(network, batch):
+    def loss(network, batch, part):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("the second signal did not stop the step")
@@ -237,7 +243,7 @@ def test_a_second_interruption_stops_at_once(tmp_path):
 
 @pytest.mark.parametrize("ends", ["well", "interrupted", "failed"])
 def test_the_signal_handlers_are_put_back(tmp_path, ends):
-    def fail(network, batch):
+    def fail(network, batch, part):
         raise ValueError
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     loss = {"well": classify, "interrupted": interrupting(0), "failed": fail}[ends]
@@ -293,9 +299,9 @@ def test_resuming_without_or_from_another_steps_checkpoint_is_refused(tmp_path, 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_terms(tmp_path, value):
     calls = []
 
-    def loss(network, batch):
+    def loss(network, batch, part):
         calls.append(1)
-        total, _ = classify(network, batch)
+        total, _ = classify(network, batch, part)
         return total * (value if len(calls) == 2 else 1), {"pairs": 0.25}
     task = tiny_task(loss)
     with pytest.raises(UserError) as caught:

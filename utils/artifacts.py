@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.errors import UserError
+from utils import distributed
+from utils.errors import ImageError, UserError
 
 MANIFEST = "manifest.json"
 CAM_LEVELS = 1024
@@ -163,15 +165,20 @@ class Folder:
 
     `identity` is a dict of plain values that decide the files' contents.  Opening a folder whose manifest, or whose
     unfinished work, has another identity throws that work away; with the same identity finished images are kept.
+    Of several processes, each makes its share of the files, and rank 0 the manifest; all call the methods alike.
+    `failures`, {image id: reason}, are the images that --on_bad_image skip left out, for the manifest.
     """
 
     def __init__(self, path, step, suffix, identity):
         self.path, self.step, self.suffix = Path(path), step, suffix
         self.identity = json.loads(json.dumps(identity))  # as it will read back
-        self.started = time.time()
+        self.started, self.failures = time.time(), {}
 
     def begin(self):
         """Make the folder ready for writing; returns how many files of the same identity were found."""
+        return distributed.agree(self._prepare() if distributed.is_main() else None)
+
+    def _prepare(self):
         previous = self._previous()
         if previous is None and self.path.is_dir() and any(self.path.glob(f"*{self.suffix}")):
             raise UserError(f"{self.path} holds {self.suffix} files that this project did not write; "
@@ -186,13 +193,23 @@ class Folder:
         return len(list(self.path.glob(f"*{self.suffix}")))
 
     def pending(self, dataset):
-        """The images of a split whose file is not there yet, as a smaller split."""
+        """The images of a split whose file is not there yet, and this process's to make, as a smaller split."""
         there = self._files()
-        return dataset.subset([i for i, image_id in enumerate(dataset.ids) if image_id + self.suffix not in there])
+        missing = [i for i, image_id in enumerate(dataset.ids) if image_id + self.suffix not in there]
+        # Rank 0's list: the others may look when the first files of this run are there.
+        return dataset.subset(distributed.share(distributed.agree(missing)))
 
     def holds(self, dataset):
-        """Whether it is finished, of the same identity, and has every image of a split: nothing need be made."""
-        return self.complete() and self._files().issuperset(image_id + self.suffix for image_id in dataset.ids)
+        """Whether it is finished, of the same identity, and has every image of a split: nothing need be made.
+
+        An image that was left out as damaged need not be there while it is still damaged.
+        """
+        return distributed.agree(self.complete() and self._has_all(dataset))
+
+    def _has_all(self, dataset):
+        there, failed = self._files(), failed_images(self.path)
+        missing = [i for i, image_id in enumerate(dataset.ids) if image_id + self.suffix not in there]
+        return all(dataset.ids[i] in failed and _damaged(dataset, i) for i in missing)
 
     def complete(self):
         """Whether it is finished and of the same identity, for the images it was made for."""
@@ -203,16 +220,50 @@ class Folder:
         # One listing instead of a look for every image: on a network disk, seconds instead of minutes.
         return set(os.listdir(self.path)) if self.path.is_dir() else set()
 
-    def finish(self, image_ids, options, environment, failures=(), parent=None):
-        """Write the manifest: what was made, from what, by which options."""
-        write_json(self.path / MANIFEST, {
-            "step": self.step, "complete": True, "identity": self.identity, "options": options, **environment,
-            "count": len(image_ids), "seconds": round(time.time() - self.started, 1), "failures": list(failures),
-            "made_from": None if parent is None else file_hash(Path(parent) / MANIFEST), "images": list(image_ids)})
+    def finish(self, image_ids, options, environment, parent=None):
+        """Write the manifest, once all processes have come here: what was made, from what, by which options.
+
+        parent: the folder it was made from; images that could not be made there count as left out here too.
+        """
+        failures = {} if parent is None else failed_images(parent)
+        failures.update(distributed.merged(self.failures, image_ids))
+        if distributed.is_main():
+            made = [image_id for image_id in image_ids if image_id not in failures]
+            write_json(self.path / MANIFEST, {
+                "step": self.step, "complete": True, "identity": self.identity, "options": options, **environment,
+                "count": len(made), "seconds": round(time.time() - self.started, 1),
+                "processes": distributed.world(),
+                "failures": [{"image": image_id, "reason": reason} for image_id, reason in failures.items()],
+                "made_from": None if parent is None else file_hash(Path(parent) / MANIFEST), "images": made})
+        distributed.barrier()
 
     def _previous(self):
         path = self.path / MANIFEST
         return read_json(path, f"delete the folder {self.path} and run the step again") if path.is_file() else None
+
+
+def failed_images(folder):
+    """{image id: reason} of the images that a folder's manifest says were left out; empty without a manifest."""
+    path = Path(folder) / MANIFEST
+    found = read_json(path, "delete it").get("failures", ()) if path.is_file() else ()
+    return {entry["image"]: entry["reason"] for entry in found}
+
+
+def made_of(dataset, folder):
+    """A split without the images that `folder`, made from it, had to leave out; says so if there are any."""
+    failed = [image_id for image_id in dataset.ids if image_id in failed_images(folder)]
+    if not failed:
+        return dataset
+    print(f"Leaving out {len(failed)} images that {folder} was made without, such as {failed[0]}", file=sys.stderr)
+    return dataset.without(failed)
+
+
+def _damaged(dataset, index):
+    try:
+        dataset.image(index)
+    except ImageError:
+        return True
+    return False
 
 
 def read_manifest(folder, step):

@@ -17,11 +17,47 @@ def save_checkpoint(path, payload):
 
 
 def save_tensors(path, value):
-    """Write tensors and plain types to `path`; a reader sees the old file or the new one, never a part."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        torch.save(value, file)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write tensors and plain types to `path`; a reader sees the old file or the new one, never a part.
+
+    Both the file and its new name are on the disk when this returns.  Raises UserError if they cannot be written; what
+    was there before is then still there.
+    """
+    try:
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(Path(path).parent)
+    except (OSError, RuntimeError) as error:
+        raise _not_written(path, error) from None
+
+
+def _sync_folder(folder):
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # some network disks have no such call for folders
+        pass
+    finally:
+        os.close(handle)
+
+
+def _not_written(path, error):
+    """A UserError for a failed save; an error that is not the system's is given back as it is."""
+    reason = error
+    while not isinstance(reason, OSError):  # torch's writer raises an error of its own over the system's
+        reason = reason.__context__
+        if reason is None:
+            return error
+    kept = "; the one written before is kept" if Path(path).is_file() else ""
+    return UserError(f"cannot write {path} ({reason.strerror}){kept}; make room, or let this user write there, and go "
+                     "on with --resume")
+
+
+def remove_leftovers(path):
+    """Delete what killed runs left of unfinished files for `path`."""
+    for leftover in Path(path).parent.glob(f".{Path(path).name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def is_checkpoint(value):

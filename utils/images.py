@@ -2,7 +2,7 @@
 import numpy as np
 from PIL import Image
 
-from utils.errors import UserError
+from utils.errors import ImageError, UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".JPG", ".JPEG", ".PNG")
 
@@ -11,7 +11,7 @@ def read_image(path):
     """RGB uint8 (H, W, 3) of any picture Pillow reads: PNG, GIF (first frame), grey, palette, RGBA under any name.
 
     Transparent pixels are laid on white.  The EXIF orientation is left alone, as masks are drawn on stored pixels.
-    Raises UserError naming the file if it is missing or cannot be decoded.
+    Raises UserError naming the file if it is missing, and ImageError if it cannot be decoded.
     """
     try:
         with Image.open(path) as image:
@@ -24,7 +24,7 @@ def read_image(path):
     except FileNotFoundError:
         raise UserError(f"no image {path}; put it there or take its id out of the split file") from None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot decode image {path} ({error}); replace the file or take its id out of the "
+        raise ImageError(f"cannot decode image {path} ({error}); replace the file or take its id out of the "
                         "split file") from None
 
 
@@ -36,5 +36,5 @@ def image_size(path):
     except FileNotFoundError:
         raise UserError(f"no image {path}; put it there or take its id out of the split file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot decode image {path} ({error}); replace the file or take its id out of the "
+        raise ImageError(f"cannot decode image {path} ({error}); replace the file or take its id out of the "
                         "split file") from None

@@ -4,6 +4,7 @@ import os
 import sys
 from dataclasses import dataclass
 
+from utils import distributed
 from utils.errors import UserError
 
 
@@ -68,7 +69,12 @@ FLAGS = {
     "avc_start": Flag(_number(float, 0, 0.9), "share of the training after which AVC's terms set in: until then the "
                                               "CAMs form", 0.2),
     "cutmix": Flag(share, "share of the steps whose images get a rectangle of another, and its labels (CutMix)", 0.0),
-    "batch_size": Flag(count, "images per step", 16),
+    "batch_size": Flag(count, "images per step, of all processes together", 16),
+    "accumulate": Flag(count, "compute each step in N parts, one after the other, each of batch_size / N images: less "
+                              "memory, the same step", 1, metavar="N"),
+    "clip_grad": Flag(weight, "largest norm of the gradient; a longer one is scaled down to it (0: never)", 0.0),
+    "compile": Flag(bool, "compile the trunk with torch.compile: minutes at the start, faster steps on GPUs", False),
+    "save_every": Flag(weight, "minutes after which the state is saved within an epoch too (0: never)", 10.0),
     "epochs": Flag(count, "passes over the training images"),
     "lr": Flag(positive, "initial learning rate of the trunk; heads get --head_lr times as much", 0.01),
     "head_lr": Flag(positive, "learning-rate multiplier of newly initialised heads", 10.0),
@@ -116,7 +122,10 @@ FLAGS = {
     "device": Flag(str, "cpu, cuda or cuda:N; auto takes a GPU if there is one", "auto"),
     "precision": Flag(str, "arithmetic of the networks; bf16 is autocast, scores and losses stay float32", "fp32",
                       choices=("fp32", "bf16")),
-    "workers": Flag(natural, "processes that read images or run the CRF", min(8, os.cpu_count() or 1)),
+    "workers": Flag(natural, "processes that read images or run the CRF, for each process of torchrun",
+                    min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))),
+    "on_bad_image": Flag(str, "an image that cannot be decoded: error ends the run; skip leaves it out, and the record "
+                              "names it under failures", "error", choices=("error", "skip")),
     "seed": Flag(natural, "seed of everything random", 0),
     "resume": Flag(bool, "go on from checkpoint.pth.tar of the output folder", False),
     "dry_run": Flag(bool, "check everything, print the options and stop", False),
@@ -124,9 +133,9 @@ FLAGS = {
 }
 
 DATA = ("dataset", "data_root", "split", "ids", "limit", "difficult")
-MACHINE = ("device", "precision", "workers", "seed", "dry_run")
+MACHINE = ("device", "precision", "workers", "on_bad_image", "seed", "dry_run")
 TRAINING = ("batch_size", "epochs", "lr", "head_lr", "momentum", "weight_decay", "crop_size", "max_size",
-            "val_fraction", "bn", "freeze", "resume", "tensorboard")
+            "val_fraction", "bn", "freeze", "accumulate", "clip_grad", "compile", "save_every", "resume", "tensorboard")
 NETWORK = ("backbone", "width", "output_stride", "dilated")
 TRUNK = (*NETWORK, "pretrained")
 MAPS = ("scales", "flip", "labels")
@@ -228,6 +237,11 @@ def _shown(value):
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
+def skips_bad(options):
+    """Whether --on_bad_image leaves out images that cannot be decoded."""
+    return options.get("on_bad_image") == "skip"
+
+
 def print_options(step, args):
     """Print the resolved options in one block."""
     values = {name: value for name, value in sorted(vars(args).items()) if value is not None}
@@ -235,10 +249,15 @@ def print_options(step, args):
 
 
 def pick_device(name):
-    """torch.device of --device; UserError where it is not to be had."""
+    """torch.device of --device; UserError where it is not to be had.  Several processes get a GPU each."""
     import torch
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.world() > 1 and torch.cuda.is_available():
+        if distributed.local_rank() >= torch.cuda.device_count():
+            raise UserError(f"process {distributed.local_rank()} of this machine has no GPU of its own among "
+                            f"{torch.cuda.device_count()}; start as many with --nproc_per_node, or pass --device cpu")
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError:

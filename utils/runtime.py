@@ -3,9 +3,13 @@ import ctypes
 import os
 import re
 import sys
+import time
+import traceback
 
+from utils import distributed
 from utils.errors import UserError
 
+GRACE = 3  # seconds
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
@@ -45,14 +49,46 @@ def one_line(error):
 
 
 def run_main(main):
-    """Call a script's main(); turn what a user can mend into one line on stderr and a non-zero exit status."""
+    """Call a script's main(); turn what a user can mend into one line on stderr and a non-zero exit status.
+
+    Under torchrun, whichever process fails ends at once, and torchrun ends the others.
+    """
     wait_quietly()
     keep_memory()
     try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        sys.exit(130)
+        distributed.start()
+        status = main()
+        distributed.stop()
+    except KeyboardInterrupt as error:
+        _end(128 + getattr(error, "number", 2), "Interrupted.")
     except (UserError, OSError) as error:
-        print(f"Error: {one_line(error)}", file=sys.stderr)
-        sys.exit(1)
+        _end(1, f"Error: {one_line(error)}")
+    except Exception as error:
+        if distributed.world() == 1:
+            raise
+        if lost_process(error):
+            _end(1, f"Error: another process has ended; its error above says why")
+        traceback.print_exc(file=sys.__stderr__)
+        os._exit(1)
+    sys.exit(status)
+
+
+def lost_process(error):
+    """Whether an error says that the connection to another process broke, rather than what was wrong there."""
+    broken = r"gloo|NCCL|Connection (closed|reset)"
+    return isinstance(error, RuntimeError) and (type(error).__name__.startswith("Dist") or
+                                                re.search(broken, str(error)) is not None)
+
+
+def _end(status, line):
+    """End with a status and a last line.  One of several processes does not wait for the others on its way out."""
+    if distributed.world() == 1:
+        print(line, file=sys.stderr)
+        sys.exit(status)
+    if not distributed.is_main():
+        time.sleep(GRACE)  # rank 0 often fails alike, and then torchrun ends this process before it says so again
+        if status == 1:
+            print(f"Rank {distributed.rank()}: {line}", file=sys.__stderr__, flush=True)
+    else:
+        print(line, file=sys.stderr, flush=True)
+    os._exit(status)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from utils import distributed
 from utils.errors import UserError
 from utils.images import SUFFIXES, image_size, read_image
 
@@ -75,6 +76,16 @@ class Dataset:
         keep = list(keep)
         return replace(self, ids=[self.ids[i] for i in keep], files=[self.files[i] for i in keep],
                        labels=None if self.labels is None else self.labels[keep])
+
+
+    def share(self):
+        """The images that this one of several processes works on; all of them where it is alone."""
+        return self if distributed.world() == 1 else self.subset(distributed.share(range(len(self))))
+
+    def without(self, image_ids):
+        """The same split without some images."""
+        left_out = set(image_ids)
+        return self.subset([i for i, image_id in enumerate(self.ids) if image_id not in left_out])
 
 
 def check_size(source, mask, size, remedy):

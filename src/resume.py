@@ -1,0 +1,85 @@
+"""The state of a training run on the disk: what checkpoint.pth.tar holds, and taking it up again to the same result."""
+import random
+import sys
+
+import numpy as np
+import torch
+
+from utils import distributed
+from utils.checkpoint import load_checkpoint, remove_leftovers
+from utils.errors import UserError
+
+# Options that may differ between the parts of one run: they do not change what is computed from good images.
+RESUME_FREE = ("resume", "workers", "device", "dry_run", "tensorboard", "download", "output_dir", "data_root",
+               "cam_dir", "mask_dir", "save_every", "on_bad_image")
+
+
+def state_of(run, log_size):
+    """All that a run needs to go on as if it had never stopped, in tensors and plain types.
+
+    Samples, their order and all draws of a step depend on (seed, epoch, step) alone, so that this position is the
+    sampler's and the schedule's state; generators are kept too, for losses that draw from them otherwise.
+    """
+    return {"optimizer": run.stepper.optimizer.state_dict(), "step_in_epoch": run.step,
+            "steps_per_epoch": run.steps_per_epoch, "sums": run.sums, "best": run.best, "failures": run.failures,
+            "processes": distributed.world(), "log_size": log_size, "generators": generators()}
+
+
+def restore(run, path):
+    """Take up the state of a checkpoint; UserError if it was made with other options.  Returns the log's size then."""
+    payload = load_checkpoint(path, steps=(run.task.step,))
+    _check_options(payload, run, path)
+    name = next(iter(payload["networks"]))
+    run.network.load_state_dict(payload["networks"][name]["state"])
+    run.stepper.optimizer.load_state_dict(payload["optimizer"])
+    run.epoch, run.step = payload["epoch"], payload["step_in_epoch"]
+    run.sums, run.best = payload["sums"], payload["best"]
+    run.failures = payload.get("failures", {})
+    set_generators(payload.get("generators"))
+    if distributed.is_main():
+        remove_leftovers(path)
+        remove_leftovers(path.with_name("model_best.pth.tar"))
+    print(f"Resuming {path} at epoch {run.epoch + 1}, step {run.step}", file=sys.stderr)
+    if payload.get("processes", 1) != distributed.world():
+        print(f"It was made by {payload.get('processes', 1)} processes and goes on with {distributed.world()}: the "
+              "same batches, rounded otherwise", file=sys.stderr)
+    return payload.get("log_size", sys.maxsize)
+
+
+def _check_options(payload, run, path):
+    before = payload["options"]
+    changed = [f"{name} was {_show(before[name])}, is {_show(value)}" for name, value in run.options.items()
+               if name not in RESUME_FREE and name in before and before[name] != value]
+    if changed:
+        raise UserError(f"--resume: {path} was made with other options ({'; '.join(changed)}); pass the same ones, "
+                        "or leave --resume out to start anew")
+    steps = payload.get("steps_per_epoch", run.steps_per_epoch)
+    if steps != run.steps_per_epoch:
+        raise UserError(f"--resume: {path} was made with {steps} steps an epoch, and now there are "
+                        f"{run.steps_per_epoch}: other images, or another number of processes; pass the same ones, or "
+                        "leave --resume out to start anew")
+
+
+def _show(value):
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def generators():
+    """The states of the global generators of torch, CUDA, numpy and Python, in tensors and plain types."""
+    kind, keys, *rest = np.random.get_state()
+    version, words, gauss = random.getstate()
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+            "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest], "python": [version, list(words), gauss]}
+
+
+def set_generators(states):
+    """Put the states of `generators` back; nothing for None, of a checkpoint that has none."""
+    if states is None:
+        return
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
