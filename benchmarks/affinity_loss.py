@@ -10,7 +10,8 @@ import argparse
 import torch
 
 from benchmarks.measure import Table, extra_mb, timed
-from models.affinitynet import EPS, IGNORE, affinity_loss
+from models.affinitynet import EPS, affinity_loss
+from utils.labels import IGNORE
 from utils.options import FLAGS
 from utils.random_walk import half_disc
 from utils.runtime import run_main

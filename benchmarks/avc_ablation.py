@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from benchmarks.affinity import IGNORE, pair_quality, sampled_mask
+from benchmarks.affinity import pair_quality, sampled_mask
 from models import avc
 from models.build import unpack
 from models.fuse import for_inference
@@ -24,6 +24,7 @@ from src.cams import normalised_cam
 from src.engine import autocast
 from utils.datasets import open_dataset
 from utils.errors import UserError
+from utils.labels import IGNORE
 from utils.loader import EpochBatches, scaled_views
 from utils.log import progress
 from utils.maps import foreground_share, snapped_size, with_background

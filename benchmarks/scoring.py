@@ -21,7 +21,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.measure import Table, extra_mb
-from utils.metrics import IGNORE, SweepHistogram, confusion
+from utils.labels import IGNORE
+from utils.metrics import SweepHistogram, confusion
 from utils.options import FLAGS
 from utils.visualize import read_mask, save_mask
 

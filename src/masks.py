@@ -10,7 +10,8 @@ from PIL import Image
 from utils.artifacts import Folder, load_arrays, load_cam
 from utils.crf import CRF, PRESETS, CRFParams, dense_crf
 from utils.errors import ImageError, UserError
-from utils.layouts.base import IGNORE, check_size
+from utils.labels import IGNORE
+from utils.layouts.base import check_size
 from utils.maps import capped_size, move_threshold, resize_image, resize_maps, to_mask, with_background
 from utils.options import skips_bad
 from utils.parallel import map_parallel

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-IGNORE = 255
+from utils.labels import IGNORE
 
 
 def confusion(prediction, truth, classes, ignore=IGNORE):
