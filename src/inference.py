@@ -1,4 +1,5 @@
 """CAM -> walked scores -> mask: one image, or a whole split with every expensive result kept."""
+import sys
 from pathlib import Path
 
 import numpy as np

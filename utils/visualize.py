@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.artifacts import atomic_path
-from utils.errors import UserError
 from utils.labels import read_labels
 
 WHITE = (255, 255, 255)
