@@ -251,7 +251,8 @@ def failed_images(folder):
 
 def made_of(dataset, folder):
     """A split without the images that `folder`, made from it, had to leave out; says so if there are any."""
-    failed = [image_id for image_id in dataset.ids if image_id in failed_images(folder)]
+    reasons = failed_images(folder)
+    failed = [image_id for image_id in dataset.ids if image_id in reasons]
     if not failed:
         return dataset
     print(f"Leaving out {len(failed)} images that {folder} was made without, such as {failed[0]}", file=sys.stderr)

@@ -67,7 +67,7 @@ def run_main(main):
         if distributed.world() == 1:
             raise
         if lost_process(error):
-            _end(1, f"Error: another process has ended; its error above says why")
+            _end(1, "Error: another process has ended; its error above says why")
         traceback.print_exc(file=sys.__stderr__)
         os._exit(1)
     sys.exit(status)
