@@ -10,7 +10,7 @@ from utils import options as flags
 from utils import recipes
 from utils.runtime import run_main
 
-NAMES = ("model_path", "mask_dir", *flags.DATA, *flags.MAPS, *flags.WALK, "crf", "crf_preset", "max_size", "cam_dir",
+NAMES = ("model_path", "mask_dir", *flags.DATA, *flags.MAPS, *flags.WALK, "crf", *flags.CRF, "max_size", "cam_dir",
          "output_dir", *flags.MACHINE)
 INHERITED = (*flags.DATA, "scales", "flip", "max_size", "radius", "precision", "cam_dir")
 OF_MASKS = ("labels", "bg_alpha", "beta", "walk_steps", "walk_eps")  # inherited from masks, whose scores are asked for
@@ -26,21 +26,21 @@ def main(argv=None):
     if args.mask_dir and args.model_path:
         parser.error("--mask_dir scores masks as they are and --model_path makes them; pass one of them")
     from src import eval as evaluation
-    from src import inference
     from src.affinity_maps import show_affinity, shown_images
-    from src.start import begin, open_split, settle_labels
+    from src.records import open_checkpoint, settle_classes
+    from src.start import begin, open_split, settle_crf, settle_labels
     if args.mask_dir:
         payload, stages = None, [evaluation.Stage("masks", "mask", Path(args.mask_dir))]
         flags.resolve(parser, args, *evaluation.mask_record(args.mask_dir), (*INHERITED, *OF_MASKS))
         args.model_path = None
     else:
-        payload, args.model_path = inference.open_checkpoint(args.model_path, parser.flags["model_path"],
-                                                             args.cam_dir or parser.flags["cam_dir"],
-                                                             steps=("stage1", "stage2"))
+        payload, args.model_path = open_checkpoint(args.model_path, parser.flags["model_path"],
+                                                   args.cam_dir or parser.flags["cam_dir"], ("stage1", "stage2"))
         flags.resolve(parser, args, payload["options"], args.model_path, INHERITED)
+        settle_crf(args)
     dataset = open_split(args)
     if payload is not None:
-        inference.settle_classes(payload, dataset, args.model_path)
+        settle_classes(payload, dataset, args.model_path)
     settle_labels(args, dataset)
     shown = shown_images(args.show_affinity, dataset)
     device = begin("Step 4", args, dataset)

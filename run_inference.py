@@ -10,7 +10,7 @@ from utils import options as flags
 from utils import recipes
 from utils.runtime import run_main
 
-NAMES = ("model_path", *flags.DATA, *flags.MAPS, *flags.WALK, "crf", "crf_preset", "max_size", "cam_dir", "output_dir",
+NAMES = ("model_path", *flags.DATA, *flags.MAPS, *flags.WALK, "crf", *flags.CRF, "max_size", "cam_dir", "output_dir",
          *flags.MACHINE)
 INHERITED = (*flags.DATA, "scales", "flip", "max_size", "radius", "precision", "cam_dir")
 
@@ -31,10 +31,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     from src import inference
     from src.affinity_maps import show_affinity, shown_images
-    from src.start import begin, open_split, settle_labels
-    payload, args.model_path = inference.open_checkpoint(args.model_path, parser.flags["model_path"],
-                                                         args.cam_dir or parser.flags["cam_dir"])
+    from src.records import open_checkpoint, settle_classes
+    from src.start import begin, open_split, settle_crf, settle_labels
+    payload, args.model_path = open_checkpoint(args.model_path, parser.flags["model_path"],
+                                               args.cam_dir or parser.flags["cam_dir"])
     flags.resolve(parser, args, payload["options"], args.model_path, INHERITED)
+    settle_crf(args)
     args.crop_size = payload["options"].get("crop_size")  # no flag of this step, but of its record: step 5 inherits it
     if args.images is not None:
         if args.labels == "gt":
@@ -43,7 +45,7 @@ def main(argv=None):
         dataset, paths = None, inference.list_images(Path(args.images))
     else:
         dataset, paths = open_split(args), None
-        inference.settle_classes(payload, dataset, args.model_path)
+        settle_classes(payload, dataset, args.model_path)
         settle_labels(args, dataset)
     shown = shown_images(args.show_affinity, dataset, paths)
     device = begin("Step 3", args, dataset)

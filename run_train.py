@@ -13,7 +13,7 @@ from utils.runtime import run_main
 
 COMMON = ("download", *flags.DATA, *flags.TRUNK, *flags.TRAINING, "model_path", "cam_dir", "output_dir", *flags.MACHINE)
 NAMES = {1: (*COMMON, "method", *flags.AVC, "cutmix", "long_side", *flags.MAPS),
-         2: (*COMMON, "radius", "alpha_low", "alpha_high", "crf_preset")}
+         2: (*COMMON, "radius", "alpha_low", "alpha_high", *flags.CRF)}
 DEFAULTS = {1: {"epochs": 8, "freeze": None, "head_lr": 1.0}, 2: {"epochs": 6, "batch_size": 8}}
 RECIPES = {1: recipes.STAGE1, 2: recipes.STAGE2}
 INHERITED = (*flags.DATA, *flags.NETWORK, "crop_size", "max_size", "precision", "seed", "model_path")
@@ -36,14 +36,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     from models.weights import check_pretrained, load_model
     from src import train
-    from src.inference import check_same_classifier, settle_classes
-    from src.start import begin, open_split, settle_labels
+    from src.records import check_same_classifier, settle_classes
+    from src.start import begin, open_split, settle_crf, settle_labels
     from utils.artifacts import read_manifest, run_dir
     classifier = None
     if args.stage == 2:
         args.cam_dir = args.cam_dir or flags.FLAGS["cam_dir"].default
         manifest = read_manifest(args.cam_dir, "cam")
         flags.resolve(parser, args, manifest["options"], args.cam_dir, INHERITED)
+        settle_crf(args)
         classifier = load_model(args.model_path, steps=("stage1",))
         args.pretrained = args.pretrained or args.model_path
         check_same_classifier(classifier, manifest, args.model_path, args.cam_dir)

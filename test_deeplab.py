@@ -7,7 +7,7 @@ from utils import options as flags
 from utils import recipes
 from utils.runtime import run_main
 
-NAMES = ("model_path", *flags.DATA, *flags.MAPS, "merge", "bg_threshold", "crf", "crf_preset", "max_size", "output_dir",
+NAMES = ("model_path", *flags.DATA, *flags.MAPS, "merge", "bg_threshold", "crf", *flags.CRF, "max_size", "output_dir",
          *flags.MACHINE)
 INHERITED = ("dataset", "data_root", "difficult", "max_size", "precision")
 
@@ -20,13 +20,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     from models.weights import load_model
     from src import segment
-    from src.inference import settle_classes
-    from src.start import begin, open_split, settle_labels
+    from src.records import settle_classes
+    from src.start import begin, open_split, settle_crf, settle_labels
     from src.submission import check_submission, write_submission
     args.model_path = args.model_path or segment.newest_checkpoint()
     payload = load_model(args.model_path, steps=("deeplab",))
     parser.settle_head(payload["networks"]["deeplab"].get("head", "seamv1"))
     flags.resolve(parser, args, payload["options"], args.model_path, INHERITED)
+    settle_crf(args)
     args.split = args.split or recipes.TEST_SPLITS.get(args.dataset)
     if args.submission is not None:
         check_submission(args.submission, args)

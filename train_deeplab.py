@@ -18,7 +18,7 @@ def main(argv=None):
     parser.settle_head(args.head or parser.flags["head"])
     from models.weights import check_pretrained
     from src import segment
-    from src.inference import check_classes
+    from src.records import check_classes
     from src.start import begin, open_split
     from utils.artifacts import made_of, read_manifest, run_dir
     args.mask_dir = args.mask_dir or DEFAULTS["mask_dir"]

@@ -16,13 +16,12 @@ from models.weights import load_model
 from src.affinity_maps import affinity_vector, picture, place
 from src.engine import autocast
 from utils.datasets import open_dataset
+from utils.labels import IGNORE
 from utils.loader import WholeImages, scaled_views, whole_image_loader
 from utils.log import progress
 from utils.maps import capped_size, resize_image
 from utils.runtime import run_main
 from utils.visualize import panel
-
-IGNORE = 255
 
 
 def roc_area(positive, negative):

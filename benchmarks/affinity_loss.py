@@ -2,15 +2,16 @@
 
     python -m benchmarks.affinity_loss [--batch_size 8]
 
-Crop 448 (a 56x56 grid), 448 channels, radius 5. The gathered pairs of a batch of 8 take 8 to 9 GB. One JSON line; its
+Crop 448 (a 56x56 grid), 448 channels, radius 5. The gathered pairs of a batch of 8 take 8 to 9 GB. The
 error is the largest difference of the gradients over the largest gradient.
 """
 import argparse
 
 import torch
 
-from benchmarks.measure import extra_mb, report, timed
-from models.affinitynet import EPS, IGNORE, affinity_loss
+from benchmarks.measure import Table, extra_mb, timed
+from models.affinitynet import EPS, affinity_loss
+from utils.labels import IGNORE
 from utils.options import FLAGS
 from utils.random_walk import half_disc
 from utils.runtime import run_main
@@ -69,9 +70,10 @@ def main(argv=None):
     seconds, gradient = timed(ours)
     memory, plain_memory = extra_mb(ours), extra_mb(plain)
     reference_seconds, expected = timed(plain)
-    error = float(f"{(gradient - expected).abs().max() / expected.abs().max():.1e}")
-    report(f"affinity_loss_batch{args.batch_size}", seconds, reference_seconds, memory, error,
-           reference_extra_mb=plain_memory)
+    table = Table()
+    table.add(f"affinity_loss_batch{args.batch_size}", seconds, reference_seconds, memory,
+              (gradient - expected).abs().max() / expected.abs().max(), reference_extra_mb=plain_memory)
+    table.finish()
 
 
 if __name__ == "__main__":

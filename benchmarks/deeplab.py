@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.measure import Table
 from utils.runtime import keep_memory, wait_quietly
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,18 +119,15 @@ def main():
         side, what, out = args.measure
         return measure(side == "ours", what == "training", args.crop_size, args.repeats, out)
     import torch
-    print(f"DeepLabV1-ResNet38, seamv1 head, {args.crop_size} x {args.crop_size}, batch 1, {torch.get_num_threads()} "
-          f"threads, torch {torch.__version__}")
-    print(f"{'':<16}{'plain':>20}{'ours':>20}{'ratio':>8}   largest difference")
+    table = Table()
     with tempfile.TemporaryDirectory() as folder:
-        for what, label in (("training", "training step"), ("inference", "inference")):
+        for what in ("training", "inference"):
             row = {side: _run(side, what, f"{folder}/{side}.pt", args) for side in ("plain", "ours")}
             one, other = (torch.load(f"{folder}/{side}.pt", weights_only=True) for side in row)
             gaps = [float((a - b).abs().max() / a.abs().max()) for a, b in zip(one, other)]
-            cells = "".join(f"{cell['seconds']:>9.2f} s {cell['megabytes']:>6.0f} MB" for cell in row.values())
-            print(f"{label:<16}{cells}{row['plain']['seconds'] / row['ours']['seconds']:>8.2f}   "
-                  + ", ".join(f"{gap:.0e}" for gap in gaps)
-                  + (" (loss, gradient of the last layer)" if what == "training" else " (logits)"), flush=True)
+            table.add(f"deeplab_{what}_{args.crop_size}", row["ours"]["seconds"], row["plain"]["seconds"], None, max(gaps),
+                      **{f"{side}_peak_mb": round(cell["megabytes"]) for side, cell in row.items()})
+    table.finish()
     return 0
 
 

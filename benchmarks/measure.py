@@ -5,6 +5,8 @@ import json
 import time
 from pathlib import Path
 
+from utils.runtime import keep_memory, set_memory
+
 
 def timed(call, repeats=3):
     """(least seconds of so many calls, the last result)."""
@@ -35,14 +37,39 @@ def _give_back_freed_memory():
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+@contextlib.contextmanager
+def usual_memory():
+    """Undo `utils.runtime.keep_memory` in the block: the thresholds of glibc's allocator as they end up by themselves."""
+    set_memory(32 << 20, 64 << 20, 128 << 10)
+    try:
+        yield
+    finally:
+        keep_memory()
+
+
 def _resident(status, field):
     line = next(line for line in status.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1])
 
 
-def report(case, seconds, reference_seconds, memory, error, **more):
-    """Print a case's figures as a JSON line and return them."""
-    row = {"case": case, "seconds": round(seconds, 5), "reference_seconds": round(reference_seconds, 4),
-           "ratio": round(reference_seconds / seconds, 1), "extra_mb": memory, "max_error": error, **more}
-    print(json.dumps(row), flush=True)
-    return row
+class Table:
+    """The cases of a benchmark: a line for each as soon as it is measured, and all as JSON lines at the end."""
+
+    def __init__(self):
+        self.rows = []
+        print(f"{'case':<36}{'seconds':>12}{'reference':>12}{'ratio':>9}{'extra MB':>10}{'error':>9}")
+
+    def add(self, case, seconds, reference_seconds, memory, error, **more):
+        """seconds, reference_seconds: ours and those of the plain reference.  memory: MB, or None.  error: the largest
+        difference of the results, or None.  more: what else belongs into the JSON line."""
+        row = {"case": case, "seconds": round(seconds, 5), "reference_seconds": round(reference_seconds, 4),
+               "ratio": round(reference_seconds / seconds, 2), "extra_mb": memory,
+               "max_error": None if error is None else float(f"{error:.1e}"), **more}
+        self.rows.append(row)
+        shown = ["-" if row[name] is None else f"{row[name]:g}" for name in ("extra_mb", "max_error")]
+        print(f"{case:<36}{row['seconds']:>12.4f}{row['reference_seconds']:>12.3f}{row['ratio']:>9.2f}"
+              f"{shown[0]:>10}{shown[1]:>9}", flush=True)
+
+    def finish(self):
+        for row in self.rows:
+            print(json.dumps(row))

@@ -3,14 +3,14 @@
     python -m benchmarks.random_walk [--grids 47x63 94x125]
 
 T^256, radius 5, three maps; affinities of random smooth features. At 94x125 the dense matrix takes 0.55 GB and the
-reference minutes. One JSON line a case: at the default eps, at 1e-5, and exact (eps 0).
+reference minutes. A case each at the default eps, at 1e-5, and exact (eps 0).
 """
 import argparse
 
 import torch
 from torch.nn import functional as F
 
-from benchmarks.measure import extra_mb, report, timed
+from benchmarks.measure import Table, extra_mb, timed
 from models.affinitynet import affinity_stencil
 from utils.random_walk import half_disc, random_walk, transition
 from utils.runtime import run_main
@@ -42,6 +42,7 @@ def main(argv=None):
     parser.add_argument("--grids", nargs="+", default=["47x63", "94x125"], metavar="HxW",
                         help="grids in cells (default: 47x63 94x125)")
     args = parser.parse_args(argv)
+    table = Table()
     for grid in args.grids:
         scores, stencil, offsets = case(*map(int, grid.split("x")))
         reference_seconds, expected = timed(lambda: dense_walk(scores, stencil, offsets), repeats=1)
@@ -49,8 +50,9 @@ def main(argv=None):
             def walk():
                 return random_walk(scores, stencil, offsets, BETA, STEPS, eps)
             seconds, walked = timed(walk, repeats=7)
-            error = float(f"{(walked - expected).abs().max():.1e}")
-            report(f"random_walk_{grid}_eps{eps:g}", seconds, reference_seconds, extra_mb(walk), error)
+            error = (walked - expected).abs().max()
+            table.add(f"random_walk_{grid}_eps{eps:g}", seconds, reference_seconds, extra_mb(walk), error)
+    table.finish()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Seconds and memory of scoring masks at the size of VOC's validation split and of COCO.
+"""Scoring at the size of VOC's validation split and of COCO, and a sweep of thresholds, beside the plain way.
 
     python -m benchmarks.scoring
 
-Synthetic masks, written to a temporary folder, go through run_eval.py --mask_dir as a user's would: read, counted,
-tabled, plotted. Beside it, in this process, the plain count of published code: every class compared with every mask.
+`scoring_*`: synthetic masks, written to a temporary folder, go through run_eval.py --mask_dir as a user's would: read,
+counted, tabled, plotted; its largest process's memory. The plain way, in this process: every class compared with every
+mask. `sweep_voc`: score maps at 100 thresholds to confusion matrices, their scores and the best of them, in this process;
+the plain way: one numpy pass for each threshold and class. The plain ways are timed on a few of the masks and scaled to
+all; the error is the largest difference of their counts on these.
 """
 import argparse
-import json
 import os
 import resource
 import subprocess
@@ -18,13 +20,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.metrics import IGNORE, confusion
+from benchmarks.measure import Table, extra_mb
+from utils.labels import IGNORE
+from utils.metrics import SweepHistogram, confusion
 from utils.options import FLAGS
 from utils.visualize import read_mask, save_mask
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = {"voc": (1449, (375, 500), 20), "coco": (5000, (480, 640), 80)}  # masks, (H, W), classes
 DISTINCT = 40  # pictures that differ; the rest are links to them
+THRESHOLDS, PLAIN_SWEEPS = 100, 2
 
 
 def blobs(rng, size, classes, border):
@@ -63,20 +68,24 @@ def plain_count(prediction, truth, classes):
             for k in range(classes)]
 
 
+def counts_of(matrix):
+    """(C, 3): hits, predicted and true pixels of every class."""
+    return np.stack([matrix.diagonal(), matrix.sum(axis=0), matrix.sum(axis=1)], axis=1)
+
+
 def plain(root, classes):
-    """Seconds a mask of the plain count on the distinct masks, and whether it agrees with ours."""
-    started, agrees, elsewhere = time.perf_counter(), True, 0.0
+    """Seconds a mask of the plain count on the distinct masks, and the largest difference from our counts."""
+    started, error, elsewhere = time.perf_counter(), 0, 0.0
     for number in range(DISTINCT):
         prediction, truth = (read_mask(root / folder / f"{number:05d}.png") for folder in ("predicted", "masks"))
         counts = np.array([[one.sum() for one in row] for row in plain_count(prediction, truth, classes + 1)])
         pause = time.perf_counter()
-        ours = confusion(prediction, truth, classes + 1)
-        agrees &= bool((counts == np.stack([ours.diagonal(), ours.sum(axis=0), ours.sum(axis=1)], axis=1)).all())
+        error = max(error, abs(counts - counts_of(confusion(prediction, truth, classes + 1))).max())
         elsewhere += time.perf_counter() - pause
-    return (time.perf_counter() - started - elsewhere) / DISTINCT, agrees
+    return (time.perf_counter() - started - elsewhere) / DISTINCT, error
 
 
-def measure(name, workers):
+def measure(table, name, workers):
     count, size, classes = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -88,21 +97,62 @@ def measure(name, workers):
                        stderr=subprocess.DEVNULL)
         seconds = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        reference, agrees = plain(root, classes)
-    return {"case": f"scoring_{name}", "masks": count, "seconds": round(seconds, 2), "largest_process_mb": round(peak),
-            "ms_a_mask": round(1000 * seconds / count, 2), "reference_ms_a_mask": round(1000 * reference, 2),
-            "ratio": round(reference * count / seconds, 2), "same_counts": agrees}
+        reference, error = plain(root, classes)
+    table.add(f"scoring_{name}", seconds, reference * count, round(peak), error, masks=count,
+              ms_a_mask=round(1000 * seconds / count, 2))
+
+
+def score_maps(count, size, classes):
+    """(share, best foreground class, truth) of so many images: truth, blurred and noisy, as a network would see it."""
+    rng = np.random.default_rng(1)
+    for _ in range(count):
+        truth = blobs(rng, size, classes, border=True)
+        share = np.clip((truth > 0) * 0.4 + 0.3 + rng.normal(0, 0.2, size), 0, 1).astype(np.float32)
+        yield share, np.maximum(blobs(rng, size, classes, border=False), 1), truth
+
+
+def plain_sweep(share, foreground, truth, thresholds, classes):
+    """(T, C, 3) counts, one pass for each threshold and class."""
+    return np.array([[[one.sum() for one in row]
+                      for row in plain_count(np.where(share >= threshold, foreground, 0), truth, classes)]
+                     for threshold in thresholds])
+
+
+def measure_sweep(table):
+    count, size, classes = CASES["voc"]
+    images, classes = list(score_maps(DISTINCT, size, classes)), classes + 1
+
+    def sweep():
+        histogram = SweepHistogram(classes, THRESHOLDS)
+        for number in range(count):
+            histogram.update(*images[number % DISTINCT])
+        return histogram, histogram.oracle()
+
+    started = time.perf_counter()
+    histogram, _ = sweep()
+    seconds = time.perf_counter() - started
+    memory = extra_mb(sweep)
+    started = time.perf_counter()
+    plain_counts = sum(plain_sweep(*image, histogram.thresholds(), classes) for image in images[:PLAIN_SWEEPS])
+    reference = (time.perf_counter() - started) / PLAIN_SWEEPS
+    few = SweepHistogram(classes, THRESHOLDS)
+    for image in images[:PLAIN_SWEEPS]:
+        few.update(*image)
+    error = max(abs(plain_one - counts_of(matrix)).max() for plain_one, matrix in zip(plain_counts, few.confusions()))
+    table.add("sweep_voc", seconds, reference * count, memory, error, masks=count, thresholds=THRESHOLDS)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scoring", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=tuple(CASES), nargs="+", default=tuple(CASES), help="default: all")
+    parser.add_argument("--case", choices=(*CASES, "sweep"), nargs="+", default=(*CASES, "sweep"), help="default: all")
     parser.add_argument("--workers", type=FLAGS["workers"].type, default=FLAGS["workers"].default,
                         help="processes of run_eval.py (default: %(default)s)")
     args = parser.parse_args(argv)
+    table = Table()
     for name in args.case:
-        print(json.dumps(measure(name, args.workers)), flush=True)
+        measure_sweep(table) if name == "sweep" else measure(table, name, args.workers)
+    table.finish()
 
 
 if __name__ == "__main__":

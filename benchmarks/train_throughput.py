@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measure import report
+from benchmarks.measure import Table
 from utils.runtime import keep_memory, wait_quietly
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -254,9 +254,11 @@ def main():
           + ", ".join(f"{precision} {rate / 1e12:.2f} TFLOP/s" for precision, rate in rates.items()))
     rows = [row for name in args.stages for row in run_stage(name, args, rates)]
     print()
+    table = Table()
     for case, found, plain, more in rows:
-        report(case, found["seconds"], plain or found["seconds"], 1000 * found["gigabytes"], None, **more,
-               device=facts["device_name"], matrix_rates={key: round(rate / 1e12, 3) for key, rate in rates.items()})
+        table.add(case, found["seconds"], plain or found["seconds"], 1000 * found["gigabytes"], None, **more,
+                  device=facts["device_name"], matrix_rates={key: round(rate / 1e12, 3) for key, rate in rates.items()})
+    table.finish()
     return 0 if rows else 1
 
 

@@ -4,8 +4,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.trunk import Network
+from utils.labels import IGNORE
 
-IGNORE = 255
 BRANCHES = (64, 128, 256)  # output channels of the heads on the last three stages (PSA, Sec. 4.1)
 
 

@@ -105,7 +105,7 @@ def avc_loss(options, count):
         grid = tuple(min(side, avc.GRID) for side in first[2].shape[-2:])
         network.avc.observe(first[2], valid_cells(shown, grid))
         factor = ramp(progress, options["avc_start"])
-        found = _terms(network, Pair(images.shape[-2:], view, shown, other_shown, first, second), labels > 0,
+        found = affinity_terms(network, Pair(images.shape[-2:], view, shown, other_shown, first, second), labels > 0,
                        weights, progress >= RELABEL) if factor else {}
         for name in TERMS:
             terms[name] = found[name].item() if name in found else 0.0
@@ -125,7 +125,7 @@ class Pair:
     second: tuple
 
 
-def _terms(network, pair, present, weights, relabel):
+def affinity_terms(network, pair, present, weights, relabel):
     """{name: scalar} of the terms whose weight is not 0.  relabel: whether refined CAMs give the reliable labels."""
     with torch.autocast(pair.shown.device.type, enabled=False):
         unit, other = network.avc(pair.first[2]), network.avc(pair.second[2])  # (B, d, h, w)

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 
 from src.inference import make_scores, split_cams
-from src.masks import decide, full_size
+from src.masks import chosen_crf, decide, full_size
 from src.scoring import BOX, Stage, score_split
 from utils import distributed
 from utils.artifacts import MANIFEST, made_of, read_json, write_json
@@ -85,8 +85,7 @@ def _panel_row(dataset, index, stages, options):
             continue
         keys, probabilities = stage.probabilities(image_id, options)
         if stage.crf:
-            mask = decide(image, keys, probabilities, True, options["crf_preset"], options["max_size"],
-                          options["bg_threshold"])
+            mask = decide(image, keys, probabilities, chosen_crf(options), options["max_size"], options["bg_threshold"])
             pictures.append(overlay_mask(image, mask))
         else:
             share, _ = foreground_share(full_size(probabilities, image.shape[:2]), keys)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.masks import full_size, load_scores, read_checked, refine
+from src.masks import chosen_crf, full_size, in_threads, load_scores, read_checked, refine
 from utils import distributed
 from utils.artifacts import load_cam
 from utils.maps import foreground_share, to_mask, with_background
@@ -69,9 +69,11 @@ def score_split(dataset, stages, options):
     dataset.check_truth()
     classes = len(dataset.classes) + 1
     tallies = {name: Tally(classes, SweepHistogram(classes)) for name in [BOX] + [stage.name for stage in stages]}
-    names = ("bg_alpha", "bg_threshold", "crf_preset", "max_size")
-    work = partial(_score_image, stages=stages, settings={name: options.get(name) for name in names})
-    for image_id, counted in map_parallel(work, dataset.share(), options["workers"], "scoring"):
+    settings = {name: options.get(name) for name in ("bg_alpha", "bg_threshold", "max_size")}
+    settings["crf"] = chosen_crf(options) if any(stage.crf for stage in stages) else None
+    work = partial(_score_image, stages=stages, settings=settings)
+    for image_id, counted in map_parallel(work, dataset.share(), options["workers"], "scoring",
+                                          in_threads(settings["crf"])):
         for name, (matrix, sweep) in counted.items():
             tallies[name].add(image_id, matrix, sweep)
     return tallies if distributed.world() == 1 else _combined(distributed.gather(tallies), dataset)
@@ -112,7 +114,7 @@ def _count_maps(stage, image_id, one, truth, settings):
     keys, probabilities = stage.probabilities(image_id, settings)
     threshold = settings["bg_threshold"]
     if stage.crf:
-        maps = refine(one.image(0), probabilities, settings["crf_preset"], settings["max_size"], threshold)
+        (maps,) = refine(one.image(0), [probabilities], settings["crf"], settings["max_size"], threshold)
         threshold = 0.5
     else:
         maps = full_size(probabilities, truth.shape)

@@ -11,7 +11,9 @@ from models.deeplab import labelled_pixels, segmentation_loss
 from models.fuse import for_inference
 from src import engine, masks
 from src.eval import Stage, evaluate
-from src.inference import label_keys, record_hash, save_scores
+from src.cams import label_keys
+from src.inference import save_scores
+from src.records import record_hash
 from src.train import initialise, network_options, rounded_crop, split_holdout
 from utils import distributed
 from utils.artifacts import Folder, made_of

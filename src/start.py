@@ -2,6 +2,7 @@
 import sys
 
 from utils import distributed
+from utils.crf import settle_backend
 from utils.datasets import open_dataset
 from utils.errors import UserError
 from utils.log import environment
@@ -25,6 +26,12 @@ def settle_labels(args, dataset, default=None):
     args.labels = args.labels or default or known
     if args.labels == "gt" and dataset.labels is None:
         raise UserError(f"split {dataset.split} of {dataset.root} has no image labels; pass --labels predicted")
+
+
+def settle_crf(args):
+    """Settle --crf_backend if a CRF is to run (step 2 always runs one); UserError if it cannot be had."""
+    if getattr(args, "crf", True):
+        args.crf_backend = settle_backend(args.crf_backend)
 
 
 def begin(step, args, dataset=None):

@@ -10,9 +10,11 @@ from models.affinitynet import KINDS, affinity_loss, pair_counts
 from models.build import build_network, pack, unpack
 from models.classifier import classification_loss
 from models.weights import load_pretrained
-from src import engine, inference, masks
+from src import engine, masks
 from src.avc import AVC_RECORD, avc_loss, last_epoch_counts
+from src.cams import cam_folder, make_cams
 from src.inference import WALK_STRIDE
+from src.records import record_hash
 from utils import distributed
 from utils.artifacts import Folder, made_of, read_manifest, write_json
 from utils.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
@@ -139,8 +141,7 @@ def adopt_classifier(payload, dataset, options, device):
     record, path = payload["networks"]["classifier"], Path(options["model_path"])
     if not is_checkpoint(payload):
         path = Path(options["output_dir"]) / "model_best.pth.tar"
-        if path.is_file() and inference.record_hash(load_checkpoint(path)["networks"]["classifier"]) != \
-                inference.record_hash(record):
+        if path.is_file() and record_hash(load_checkpoint(path)["networks"]["classifier"]) != record_hash(record):
             raise UserError(f"{path} is there already, with another classifier; pass another --output_dir")
         distributed.barrier()  # all have looked
         if distributed.is_main():
@@ -152,8 +153,8 @@ def adopt_classifier(payload, dataset, options, device):
 
 def _write_cams(record, dataset, options, path, device):
     """The CAMs of a split; their record names the checkpoint `path`, which step 2 takes the classifier from."""
-    folder = inference.cam_folder(options["cam_dir"], record, dataset.classes, dataset.name, options)
-    inference.make_cams(record, dataset, folder, {**options, "model_path": str(path)}, device)
+    folder = cam_folder(options["cam_dir"], record, dataset.classes, dataset.name, options)
+    make_cams(record, dataset, folder, {**options, "model_path": str(path)}, device)
 
 
 @torch.no_grad()
@@ -249,9 +250,9 @@ class _Labels(Folder):
 
 def _affinity_labels(dataset, options):
     manifest = read_manifest(options["cam_dir"], "cam")
-    names = ("alpha_low", "alpha_high", "crf_preset", "max_size")
+    settings = {name: options[name] for name in ("alpha_low", "alpha_high", "max_size")}
     folder = _Labels(Path(options["output_dir"]) / "affinity_labels", "affinity_labels", ".png",
-                     {"cam": manifest["identity"], **{name: options[name] for name in names}})
+                     {"cam": manifest["identity"], **settings, **masks.crf_identity(options)})
     kept = folder.begin()
     if kept:
         print(f"{kept} affinity labels in {folder.path} have the same options and are kept", file=sys.stderr)

@@ -39,10 +39,10 @@ def environment(folder):
             "https_proxy": nowhere, "HTTPS_PROXY": nowhere}
 
 
-def start(folder, script, *flags):
-    """Start a script in a folder, in a process group of its own, as a shell would."""
+def start(folder, script, *flags, env=()):
+    """Start a script in a folder, in a process group of its own, as a shell would.  env: more of its environment."""
     return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], cwd=folder, text=True,
-                            env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**environment(folder), **dict(env)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             start_new_session=True)
 
 
@@ -67,12 +67,12 @@ def interrupt(process, log, lines):
     return finish(process)
 
 
-def fork(folder, jobs):
+def fork(folder, jobs, env=()):
     """Run (folder, command) jobs one after the other in forks of one process.  Returns a CompletedProcess of each."""
     outputs = [str(folder / f"job{number}") for number in range(len(jobs))]
     plan = [(str(home), list(map(str, command)), output) for (home, command), output in zip(jobs, outputs)]
     (folder / "jobs.json").write_text(json.dumps(plan))
-    done = run(folder, "tests/fork_scripts.py", "jobs.json", timeout=300)
+    done = run(folder, "tests/fork_scripts.py", "jobs.json", timeout=300, env=env)
     return [subprocess.CompletedProcess(command, status, _text(f"{output}.out"), _text(f"{output}.err"))
             for (_, command, output), status in zip(plan, json.loads(done.stdout.splitlines()[-1]))]
 
@@ -81,9 +81,9 @@ def _text(path):
     return Path(path).read_text(encoding="utf-8")
 
 
-def run(folder, script, *flags, timeout=120):
+def run(folder, script, *flags, timeout=120, env=()):
     """Run a script that must end well."""
-    done = finish(start(folder, script, *flags), timeout)
+    done = finish(start(folder, script, *flags, env=env), timeout)
     command = " ".join(map(str, (script, *flags)))
     assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stderr[-3000:]}"
     return done

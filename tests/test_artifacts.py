@@ -2,6 +2,8 @@
 import json
 import os
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -121,6 +123,19 @@ def test_written_files_have_the_users_usual_permissions(tmp_path):
         os.umask(before)
     mode = stat.S_IMODE((tmp_path / "x.json").stat().st_mode)
     assert mode == 0o640, f"{mode:o}: others of the group could not read it, or anyone could"
+
+
+def test_threads_that_write_at_once_leave_the_users_permissions_alone(tmp_path, monkeypatch):
+    umask = os.umask
+    monkeypatch.setattr(os, "umask", lambda mode: (umask(mode), time.sleep(0.002))[0])  # so that threads meet inside
+    before = umask(0o027)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda n: write_json(tmp_path / f"{n}.json", n), range(20)))
+    finally:
+        after = umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert after == 0o027 and modes == {0o640}, f"umask {after:o}, files {[f'{mode:o}' for mode in modes]}"
 
 
 def test_json_comes_back_and_its_absence_and_damage_name_the_remedy(tmp_path):

@@ -6,7 +6,7 @@ import torch
 
 from models import avc
 from models.build import build_network, pack, unpack
-from src.avc import Pair, View, _terms, avc_loss, cut, draw_view, ramp, shown_pixels, valid_cells
+from src.avc import Pair, View, affinity_terms, avc_loss, cut, draw_view, ramp, shown_pixels, valid_cells
 from src.task import Part
 
 GRID = (5, 7)
@@ -286,7 +286,7 @@ def test_a_weight_of_nought_removes_its_term_and_no_other(term):
     maps = net.training_maps(images)
     pair = Pair((65, 65), View((0, 0, 65, 65), (65, 65), False), shown_pixels(images), shown_pixels(images), maps, maps)
     weights = {name: 1.0 for name in ("equivariance", "agreement", "separation", "consistency")}
-    found = _terms(net, pair, torch.ones(2, 3, dtype=torch.bool), {**weights, term: 0.0}, False)
+    found = affinity_terms(net, pair, torch.ones(2, 3, dtype=torch.bool), {**weights, term: 0.0}, False)
     assert set(found) == set(weights) - {term}
     assert found.get("equivariance", torch.zeros(())) < 1e-5, "equal views differ"
 

@@ -17,6 +17,7 @@ from src.submission import write_submission
 from utils.datasets import open_dataset
 from utils.errors import UserError
 from utils.layouts.voc import CLASSES
+from utils.crf import CRF, PRESETS
 from utils.random_walk import half_disc
 from utils.visualize import voc_palette
 
@@ -137,17 +138,17 @@ def two_halves():
     return image, kind, cam, stencil, offsets
 
 
-@pytest.mark.parametrize("crf", [False, True])
+@pytest.mark.parametrize("crf", [None, CRF(PRESETS["psa"], "torch", "cpu")])
 def test_two_objects_side_by_side_are_both_propagated_and_both_in_the_mask(crf):
     image, kind, cam, stencil, offsets = two_halves()
     options = {"bg_alpha": 40.0, "beta": 8.0, "walk_steps": 256, "walk_eps": 1e-4}
-    probabilities = walk_scores(stencil, cam, offsets, options)
+    (probabilities,) = walk_scores([stencil], [cam], offsets, options)
     assert probabilities.shape == (3, 9, 13)
     for row in (1, 2):
         inside, outside = probabilities[row][kind == row].min(), probabilities[row][kind != row].max()
         assert inside > 1e-3 > outside, f"class {row}: at least {inside:.4f} inside, up to {outside:.4f} outside"
     probabilities[0] *= 0.01  # one peaked cell of 24 leaves little; what matters here is which class goes where
-    mask = decide(image, np.array([3, 7]), probabilities / probabilities.sum(axis=0), crf, "psa", 512, 0.5)
+    mask = decide(image, np.array([3, 7]), probabilities / probabilities.sum(axis=0), crf, 512, 0.5)
     left, right = mask[16:49, 12:42], mask[16:49, 55:85]
     assert (left == 4).mean() > 0.99 and (right == 8).mean() > 0.99, f"{np.unique(left)}, {np.unique(right)}"
 

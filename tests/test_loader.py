@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils.loader import EpochBatches, TrainingSamples, WholeImages, scaled_views, training_loader, whole_image_loader
+from utils.loader import (
+    EpochBatches, TrainingSamples, WholeImages, equal_batches, scaled_views, training_loader, whole_image_loader)
 from utils.transforms import Augmentation
 
 CPU = torch.device("cpu")
@@ -152,3 +153,27 @@ def test_whole_images_come_in_order_with_their_own_size(workers):
 def test_more_workers_than_images_are_not_started():
     loader = whole_image_loader(WholeImages(Pictures(2)), 9, CPU)
     assert loader.num_workers == 2, loader.num_workers
+
+
+def sized(*sides):
+    return [{"index": i, "views": [torch.zeros(3, side, 9)]} for i, side in enumerate(sides)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_equal_batches_hold_every_item_once_and_one_size_each(count):
+    sides = [5, 7, 5, 5, 9, 7, 5, 5, 7, 11]
+    batches = list(equal_batches(iter(sized(*sides)), count))
+    assert sorted(item["index"] for batch in batches for item in batch) == list(range(len(sides)))
+    for batch in batches:
+        assert len(batch) <= count and len({item["views"][0].shape for item in batch}) == 1
+    if count == 1:
+        assert [batch[0]["index"] for batch in batches] == list(range(len(sides))), "the order changed for nothing"
+
+
+def test_equal_batches_hold_back_no_more_than_four_batches():
+    taken = []
+    batches = equal_batches((taken.append(item) or item for item in sized(*range(40))), 2)
+    held = []
+    for given, _ in enumerate(batches, 1):
+        held.append(len(taken) - given)
+    assert max(held) < 8, f"{max(held)} items held back"

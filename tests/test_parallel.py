@@ -68,18 +68,43 @@ def test_few_workers_or_items_stay_in_this_process(workers, items):
     assert results == expected, f"{workers} workers, {items} items: {results}"
 
 
-def test_the_number_of_items_in_flight_is_bounded():
+@pytest.mark.parametrize("threads", [False, True])
+def test_the_number_of_items_in_flight_is_bounded(threads):
     taken = []
-    stream = map_parallel(slow_first, (taken.append(n) or n for n in range(50)), 2, "squares")
+    stream = map_parallel(slow_first, (taken.append(n) or n for n in range(50)), 2, "squares", threads)
     for read in range(1, 4):
         next(stream)
         assert len(taken) <= IN_FLIGHT * 2 + read, f"{len(taken)} items taken after {read} were read"
     stream.close()
 
 
+def test_threads_keep_the_order_stay_in_this_process_and_leave_torchs_threads_as_they_were():
+    import torch
+    results = list(map_parallel(slow_first, range(8), 2, "squares", threads=True))
+    assert results == [(n * n, os.getpid()) for n in range(8)], results
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        seen = list(map_parallel(lambda item: (torch.get_num_threads(), threading.get_ident()), range(9), 2, "x", True))
+        after = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    assert {count for count, _ in seen} == {1} and threading.get_ident() not in {ident for _, ident in seen}, seen
+    assert after == 3, f"{after} threads, 3 before"
+
+
+def test_dropping_the_iterator_ends_the_threads():
+    before = threading.active_count()
+    stream = map_parallel(slow_first, iter(range(10**6)), 2, "squares", threads=True)
+    next(stream)
+    stream.close()
+    assert threading.active_count() <= before + 1, threading.enumerate()  # 1: tqdm's monitor
+
+
+@pytest.mark.parametrize("threads", [False, True])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_failure_names_the_item_and_the_cause(workers):
-    stream = map_parallel(fail_on_three, range(6), workers, "dense CRF")
+def test_a_failure_names_the_item_and_the_cause(workers, threads):
+    stream = map_parallel(fail_on_three, range(6), workers, "dense CRF", threads)
     assert [next(stream) for _ in range(3)] == [0, 1, 2], f"{workers} workers"
     with pytest.raises(RuntimeError, match="^dense CRF: 3: Demanding: 3 is wrong$") as caught:
         next(stream)

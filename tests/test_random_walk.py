@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.random_walk import chebyshev, half_disc, random_walk, transition, walk_frames
+from utils.random_walk import chebyshev, half_disc, random_walk, random_walks, transition, walk_frames
 
 GRID = (6, 7)
 
@@ -203,6 +203,26 @@ def test_no_warning_is_printed():
         warnings.simplefilter("always")
         random_walk(*random_case(), steps=2)
     assert not caught, f"warned: {[str(warning.message) for warning in caught]}"
+
+
+@pytest.mark.parametrize("steps, eps", [(0, 1e-3), (3, 0), (64, 0), (64, 1e-3)])
+def test_several_images_at_once_walk_as_each_alone(steps, eps):
+    cases = [random_case(grid=grid, maps=maps, seed=seed)
+             for seed, (grid, maps) in enumerate([((6, 7), 3), ((1, 1), 4), ((9, 5), 1), ((6, 7), 6)])]
+    scores, affinities, (offsets, *_) = zip(*cases)
+    originals = [one.clone() for one in scores]
+    together = random_walks(scores, affinities, offsets, steps=steps, eps=eps)
+    for one, affinity, found, original in zip(scores, affinities, together, originals):
+        alone = random_walk(one, affinity, offsets, steps=steps, eps=eps)
+        error = (found - alone).abs().max()
+        assert found.shape == alone.shape and error < 1e-6, f"{tuple(found.shape)}: largest difference {error:.2e}"
+        assert torch.equal(one, original), "the scores that were handed in have changed"
+
+
+def test_a_list_of_scores_of_another_length_than_the_affinities_is_refused():
+    maps, affinity, offsets = random_case()
+    with pytest.raises(ValueError, match="zip"):
+        random_walks([maps, maps], [affinity], offsets)
 
 
 @pytest.mark.parametrize(

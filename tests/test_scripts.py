@@ -576,6 +576,7 @@ def test_the_pipeline_runs_on_a_gpu_in_bf16(tmp_path):
     gpu = (*SMALL, "--device", "cuda", "--precision", "bf16")
     run(tmp_path, "run_train.py", "--stage", 1, *gpu, "--crop_size", 65, "--scales", 1)
     run(tmp_path, "run_train.py", "--stage", 2, *gpu)
-    run(tmp_path, "run_inference.py", "--model_path", STAGE2, "--device", "cuda", "--workers", 0)
+    run(tmp_path, "run_inference.py", "--model_path", STAGE2, "--device", "cuda", "--workers", 2,
+        "--crf_backend", "torch")
     record = read_json(tmp_path / "output/inference/manifest.json")
     assert record["count"] == 8 and record["device_name"] != "cpu" and record["options"]["precision"] == "bf16", record

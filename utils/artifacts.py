@@ -7,6 +7,7 @@ import shutil
 import struct
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 import zlib
@@ -19,6 +20,7 @@ from utils.errors import ImageError, UserError
 
 MANIFEST = "manifest.json"
 CAM_LEVELS = 1024
+UMASK_LOCK = threading.Lock()
 # What numpy and zipfile raise on a damaged file, or on one of another kind under the name.
 DAMAGED = (KeyError, ValueError, TypeError, AttributeError, OSError, EOFError, RuntimeError, struct.error, zlib.error,
            zipfile.BadZipFile)
@@ -44,8 +46,9 @@ def atomic_path(path):
 
 
 def _umask():
-    current = os.umask(0)
-    os.umask(current)
+    with UMASK_LOCK:  # of two threads, one would take the other's 0 for the user's
+        current = os.umask(0)
+        os.umask(current)
     return current
 
 
@@ -248,7 +251,8 @@ def failed_images(folder):
 
 def made_of(dataset, folder):
     """A split without the images that `folder`, made from it, had to leave out; says so if there are any."""
-    failed = [image_id for image_id in dataset.ids if image_id in failed_images(folder)]
+    reasons = failed_images(folder)
+    failed = [image_id for image_id in dataset.ids if image_id in reasons]
     if not failed:
         return dataset
     print(f"Leaving out {len(failed)} images that {folder} was made without, such as {failed[0]}", file=sys.stderr)

@@ -1,10 +1,15 @@
-"""Dense conditional random field on one image (Kraehenbuhl & Koltun 2011). No torch: worker processes import it."""
+"""Dense conditional random field on one image (Kraehenbuhl & Koltun 2011). No torch at the top: workers import it."""
 
+import sys
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from utils.errors import UserError
+
 PROBABILITY_FLOOR = 1e-5  # keeps the unary energy -log p finite: at most 11.5
+BACKENDS = ("pydensecrf", "torch")
 SUM_TOLERANCE = 1e-2  # maps kept as float16 do not sum to 1 exactly
 
 
@@ -26,6 +31,14 @@ class CRFParams:
             raise ValueError(f"CRF iterations must be 0 or more: {self}")
 
 
+class CRF(NamedTuple):
+    """How a run does its dense CRF: what `dense_crf` takes after the image and the probabilities."""
+
+    params: CRFParams
+    backend: str
+    device: str
+
+
 # As in the published code of each system; the IRN values are those it makes its labels with (there gt_prob is 0.7).
 PRESETS = {
     "psa": CRFParams(3, 3, 80, 13, 10, 10),
@@ -36,31 +49,67 @@ PRESETS = {
 }
 
 
-def dense_crf(image, probabilities, params):
+def dense_crf(image, probabilities, params, backend="pydensecrf", device="cpu"):
     """Refine class probabilities with the image's edges by mean-field inference (Kraehenbuhl & Koltun 2011, Alg. 1).
 
     image: (H, W, 3) uint8 RGB.
     probabilities: (C, H, W) float, each pixel summing to 1 over C (within 0.01); values below 1e-5 are raised to 1e-5
     before the logarithm, so that a class ruled out by the network can come back where the image insists.
+    Or (P, C, H, W): P fields over the same image, which then is filtered for all of them.
     params: CRFParams, for instance one of PRESETS.
-    Returns the posterior, (C, H, W) float32, each pixel summing to 1. One class alone has nothing to be weighed against
-    and comes back as it is.
-    Raises ValueError for a wrong shape, dtype or sum, or values not finite; ImportError if pydensecrf is missing.
+    backend: "pydensecrf", or "torch" (`utils.mean_field`), which runs on `device`, the name of a torch device.
+    Returns the posterior in the shape of the probabilities, float32, each pixel summing to 1. One class alone has
+    nothing to be weighed against and comes back as it is.
+    Raises ValueError for a wrong shape, dtype, sum or backend, or values not finite; ImportError if pydensecrf is asked
+    for and missing.
     """
     _check(image, probabilities)
-    classes, height, width = probabilities.shape
-    if classes == 1:
+    if backend not in BACKENDS:
+        raise ValueError(f"CRF backend is {backend!r}; give one of {', '.join(BACKENDS)}")
+    if probabilities.shape[-3] == 1:
         return probabilities.astype(np.float32)
     energy = -np.log(probabilities.astype(np.float32).clip(PROBABILITY_FLOOR, 1))
-    field = _densecrf().DenseCRF2D(width, height, classes)
-    field.setUnaryEnergy(np.ascontiguousarray(energy).reshape(classes, -1))  # (C, H * W)
-    field.addPairwiseGaussian(sxy=params.gaussian_sxy, compat=params.gaussian_compat)
-    # The binding asks for a writable buffer, which an array viewing a PIL image is not; it only reads it.
+    energy = np.ascontiguousarray(energy).reshape(-1, *probabilities.shape[-3:])  # (P, C, H, W)
+    # The bindings ask for a writable buffer, which an array viewing a PIL image is not; they only read it.
     pixels = np.require(image, requirements=["C", "W"])
-    field.addPairwiseBilateral(
+    if backend == "torch":
+        from utils.mean_field import mean_field
+        (posterior,) = mean_field([pixels], [energy], params, device)
+    else:
+        posterior = _by_pydensecrf(pixels, energy, params)
+    return posterior.reshape(probabilities.shape)
+
+
+def _by_pydensecrf(pixels, energy, params):
+    fields, classes, height, width = energy.shape
+    crf = _densecrf().DenseCRF2D(width, height, classes)
+    crf.addPairwiseGaussian(sxy=params.gaussian_sxy, compat=params.gaussian_compat)
+    crf.addPairwiseBilateral(
         sxy=params.bilateral_sxy, srgb=params.bilateral_srgb, rgbim=pixels, compat=params.bilateral_compat
     )
-    return np.array(field.inference(params.iterations), dtype=np.float32).reshape(classes, height, width)
+    posterior = np.empty(energy.shape, np.float32)
+    for unary, out in zip(energy.reshape(fields, classes, -1), posterior):
+        crf.setUnaryEnergy(unary)  # (C, H * W); the lattices stay
+        out[:] = np.asarray(crf.inference(params.iterations)).reshape(out.shape)
+    return posterior
+
+
+def settle_backend(name):
+    """The backend that --crf_backend stands for: auto is pydensecrf where it can be imported, else torch, and says so.
+
+    Raises UserError if pydensecrf is asked for by name and cannot be imported.
+    """
+    if name == "torch":
+        return name
+    try:
+        _densecrf()
+    except ImportError as error:
+        if name == "pydensecrf":
+            raise UserError(f"--crf_backend pydensecrf, but {error}") from None
+        print("pydensecrf cannot be imported: the dense CRF runs in torch (--crf_backend torch), with the same results",
+              file=sys.stderr)
+        return "torch"
+    return "pydensecrf"
 
 
 def _densecrf():
@@ -68,18 +117,19 @@ def _densecrf():
     try:
         from pydensecrf import densecrf
     except ImportError as error:
-        raise ImportError("the dense CRF needs pydensecrf; run: pip install pydensecrf2 (or pass --no-crf)") from error
+        remedy = "run: pip install pydensecrf2, or pass --crf_backend torch"
+        raise ImportError(f"pydensecrf cannot be imported; {remedy}") from error
     return densecrf
 
 
 def _check(image, probabilities):
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"image is {image.dtype} {image.shape}; give uint8 (H, W, 3), RGB")
-    if probabilities.ndim != 3 or probabilities.dtype.kind != "f":
+    if probabilities.ndim not in (3, 4) or probabilities.dtype.kind != "f":
         raise ValueError(f"probabilities are {probabilities.dtype} {probabilities.shape}; give floats (C, H, W)")
-    if probabilities.shape[1:] != image.shape[:2] or probabilities.size == 0:
+    if probabilities.shape[-2:] != image.shape[:2] or probabilities.size == 0:
         raise ValueError(f"probabilities {probabilities.shape} do not fit the image {image.shape}; resize them to it")
-    total = probabilities.sum(axis=0, dtype=np.float32)
+    total = probabilities.sum(axis=-3, dtype=np.float32)
     if not np.isfinite(total).all():
         raise ValueError("probabilities have values that are not finite; check the network's scores")
     if probabilities.min() < 0 or abs(total - 1).max() > SUM_TOLERANCE:

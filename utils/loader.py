@@ -171,6 +171,22 @@ def _end_for_parent():
     os._exit(0)
 
 
+def equal_batches(items, count):
+    """Gather items of `WholeImages` whose views have equal sizes: lists of up to `count` of them.
+
+    At most 4 times `count` items are held back; items whose partners do not come are then given out in fewer.
+    """
+    groups = {}  # sizes -> items, the group begun first at the front
+    for item in items:
+        sizes = tuple(view.shape for view in item["views"])
+        groups.setdefault(sizes, []).append(item)
+        if len(groups[sizes]) == count:
+            yield groups.pop(sizes)
+        elif sum(map(len, groups.values())) >= 4 * count:
+            yield groups.pop(next(iter(groups)))
+    yield from groups.values()
+
+
 def training_loader(samples, batches, workers, device):
     """Batches of `samples` in the order of `batches` (an EpochBatches); its workers outlive SIGTERM."""
     # A generator of its own keeps the loader from drawing on the global one, so that resuming changes nothing.

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-IGNORE = 255
+from utils.labels import IGNORE
 
 
 def confusion(prediction, truth, classes, ignore=IGNORE):
@@ -104,7 +104,6 @@ class SweepHistogram:
         truth: (H, W) uint8, values below C, or 255, whose pixels are left out.
         Raises ValueError for another shape, dtype or value.
         """
-        self._check(share, foreground_class, truth)
         self.add_image(self.count(share, foreground_class, truth))
 
     def count(self, share, foreground_class, truth):

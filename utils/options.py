@@ -33,6 +33,8 @@ def _number(kind, low, high=float("inf"), open_low=False):
 
 count, natural, side = _number(int, 1), _number(int, 0), _number(int, 32)
 positive, share, weight = _number(float, 0, open_low=True), _number(float, 0, 1), _number(float, 0)
+# Of a CRF's kernels. Narrower ones would overflow pydensecrf's 16-bit lattice coordinates on large images.
+width, strength = _number(float, 0.5, 10_000), _number(float, 0, 10_000)
 
 FLAGS = {
     "dataset": Flag(str, "layout of the data", "pet", choices=("pet", "voc", "coco", "folder")),
@@ -99,6 +101,15 @@ FLAGS = {
     "output_dir": Flag(str, "folder for the results"),
     "crf": Flag(bool, "refine with a dense CRF", True),
     "crf_preset": Flag(str, "parameters of the dense CRF", "psa", choices=("psa", "irn", "seamv1", "mctformer", "avc")),
+    "crf_gaussian_sxy": Flag(width, "width of the CRF's smoothness kernel in pixels; left out: the preset's"),
+    "crf_gaussian_compat": Flag(strength, "weight of the CRF's smoothness kernel; left out: the preset's"),
+    "crf_bilateral_sxy": Flag(width, "width of the CRF's appearance kernel in pixels; left out: the preset's"),
+    "crf_bilateral_srgb": Flag(width, "width of the CRF's appearance kernel in grey levels (0..255); left out: the "
+                                      "preset's"),
+    "crf_bilateral_compat": Flag(strength, "weight of the CRF's appearance kernel; left out: the preset's"),
+    "crf_iterations": Flag(_number(int, 0, 1000), "mean-field steps of the CRF; left out: the preset's"),
+    "crf_backend": Flag(str, "what computes the CRF: pydensecrf on the CPU, or torch on --device; auto = pydensecrf "
+                             "where it can be imported, else torch", "auto", choices=("auto", "pydensecrf", "torch")),
     "alpha_low": Flag(positive, "background exponent for confident foreground", 4.0),
     "alpha_high": Flag(positive, "background exponent for confident background", 24.0),
     "bg_alpha": Flag(positive, "exponent of the background score (1 - max cam)^alpha", 6.0),
@@ -129,6 +140,8 @@ NETWORK = ("backbone", "width", "output_stride", "dilated")
 TRUNK = (*NETWORK, "pretrained")
 MAPS = ("scales", "flip", "labels")
 AVC = ("avc_equivariance", "avc_agreement", "avc_separation", "avc_consistency", "avc_start")
+CRF = ("crf_preset", "crf_gaussian_sxy", "crf_gaussian_compat", "crf_bilateral_sxy", "crf_bilateral_srgb",
+       "crf_bilateral_compat", "crf_iterations", "crf_backend")
 WALK = ("bg_alpha", "bg_threshold", "beta", "walk_steps", "walk_eps", "radius")
 
 

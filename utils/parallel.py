@@ -1,4 +1,4 @@
-"""One function over many items in several processes, in order. No torch: every worker process imports this file."""
+"""One function over many items in several processes or threads, in order. No torch: every worker imports this file."""
 
 import contextlib
 import itertools
@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 
@@ -25,7 +25,7 @@ class WorkError(UserError, RuntimeError):
     """A failure in a worker that a user can mend, told in one line."""
 
 
-def map_parallel(function, items, workers, description):
+def map_parallel(function, items, workers, description, threads=False):
     """Apply a function to every item in worker processes, with a progress bar.
 
     function: a function of one item, importable by name (or a functools.partial of one); what it takes and returns is
@@ -33,6 +33,8 @@ def map_parallel(function, items, workers, description):
     items: any iterable; a tuple is named in messages by its first entry, anything else by str().
     workers: processes. With 0 or 1, or with no more than two items, the work is done in this process.
     description: the bar's label and the start of every message.
+    threads: work in threads of this process: for functions that spend their time in torch, whose operations let other
+    threads run; a process of its own would take seconds, and a GPU's memory, to load it.
     Returns an iterator over the results in the items' order. At most 4 items a worker are held at a time. Workers
     compute on one thread each. Ctrl-C, or dropping the iterator, stops them.
     Raises RuntimeError naming the item if the function fails on it, or if the system ends a worker. What a user can
@@ -45,7 +47,8 @@ def map_parallel(function, items, workers, description):
     everything = itertools.chain(head, iterator)
     if workers <= 1 or len(head) < 3:
         return _with_bar((call(item) for item in everything), total, description)
-    return _with_bar(_pooled(call, everything, workers, description), total, description)
+    pooled = _threaded(call, everything, workers) if threads else _pooled(call, everything, workers, description)
+    return _with_bar(pooled, total, description)
 
 
 def item_name(item):
@@ -91,6 +94,23 @@ def _pooled(call, items, workers, description):
         raise WorkError(_killed_message(description, waiting, workers)) from None
     finally:
         _stop(pool)
+
+
+def _threaded(call, items, workers):
+    import torch
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)  # what threads started from now on compute with
+    pool, waiting = ThreadPoolExecutor(workers), deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(call, item))
+            if len(waiting) >= IN_FLIGHT * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(count)
 
 
 def _killed_message(description, waiting, workers):

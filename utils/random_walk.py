@@ -74,14 +74,24 @@ def random_walk(scores, affinity, offsets, beta=8.0, steps=256, eps=1e-3):
     symmetric there, with its spectrum in [-1, 1]. A constant map stays as it is.
     Raises ValueError if the grids or devices differ, steps or eps is negative, or a value is not finite.
     """
-    _check_scores(scores, affinity)
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}; give 0 for the exact power, or a bound of the error above it")
-    terms = chebyshev(steps, eps) if eps else []
-    if not eps or len(terms) > steps:
-        *_, (_, walked) = walk_frames(scores, affinity, offsets, beta, steps, every=max(steps, 1))
-        return walked
-    return _expand(scores, transition(affinity.detach(), offsets, beta), terms)
+    return random_walks([scores], [affinity], offsets, beta, steps, eps)[0]
+
+
+def random_walks(scores, affinities, offsets, beta=8.0, steps=256, eps=1e-3):
+    """As `random_walk`, of several images at once: each product is one for all of them, which keeps a GPU busy.
+
+    scores, affinities: one tensor an image, whose grids and numbers of maps may differ.  Returns a list.
+    """
+    for one, affinity in zip(scores, affinities, strict=True):
+        _check_scores(one, affinity)
+    if steps < 0 or not eps >= 0:
+        raise ValueError(f"steps is {steps} and eps is {eps}; give steps >= 0, and eps 0 for the exact power or above it "
+                         "as a bound of the error")
+    matrix = _block_diagonal([transition(affinity.detach(), offsets, beta) for affinity in affinities])
+    most = max(map(len, scores))
+    columns = torch.cat([_columns(one, most) for one in scores])  # (N of all images, most + padding)
+    walked = _power(columns, matrix, steps, eps).split([one[0].numel() for one in scores])
+    return [_maps(part, one) for part, one in zip(walked, scores)]
 
 
 @functools.lru_cache(maxsize=32)
@@ -105,9 +115,18 @@ def chebyshev(steps, eps):
 
 
 @torch.no_grad()
-def _expand(scores, matrix, terms):
-    """sum_k terms[k] T_k(matrix) scores, by T_k+1(x) = 2 x T_k(x) - T_k-1(x)."""
-    before = _columns(scores)
+def _power(columns, matrix, steps, eps):
+    """matrix^steps columns, within eps; the cheaper of its expansion and of `steps` products."""
+    terms = chebyshev(steps, eps) if eps else ()
+    if eps and len(terms) <= steps:
+        return _expand(columns, matrix, terms)
+    for _ in range(steps):
+        columns = matrix @ columns
+    return columns
+
+
+def _expand(before, matrix, terms):
+    """sum_k terms[k] T_k(matrix) before, by T_k+1(x) = 2 x T_k(x) - T_k-1(x).  Overwrites `before`."""
     total = terms[0] * before
     if len(terms) > 1:
         current = matrix @ before
@@ -116,13 +135,13 @@ def _expand(scores, matrix, terms):
             # In place of the older of the two: nothing is allocated but what the product returns.
             before, current = current, torch.sub(matrix @ current * 2, before, out=before)
             total.add_(current, alpha=term)
-    return _maps(total, scores)
+    return total
 
 
-def _columns(scores):
-    """Scores (K, h, w) as the float32 columns (N, K + padding) of a product with T."""
+def _columns(scores, most):
+    """Scores (K, h, w) as the float32 columns (N, most + padding) of a product with T."""
     # MKL's sparse product is nearly twice as fast when the number of columns is a multiple of 4.
-    return F.pad(scores.detach().float().flatten(1), (0, 0, 0, -len(scores) % 4)).T.contiguous()
+    return F.pad(scores.detach().float().flatten(1), (0, 0, 0, -(-most // 4) * 4 - len(scores))).T.contiguous()
 
 
 def _maps(columns, scores):
@@ -134,7 +153,7 @@ def _maps(columns, scores):
 @torch.no_grad()
 def _walk(scores, matrix, steps, every):
     yield 0, scores.clone()
-    walked = _columns(scores)
+    walked = _columns(scores, len(scores))
     for step in range(1, steps + 1):
         walked = matrix @ walked
         if step % every == 0 or step == steps:
@@ -158,14 +177,29 @@ def _neighbours(offsets, height, width, device):
 
 
 def _csr(inside, column, weight):
-    count = inside.sum(dim=1).cumsum(0)
+    return _matrix(inside.sum(dim=1).cumsum(0), column[inside], weight[inside])
+
+
+def _block_diagonal(matrices):
+    """One matrix whose blocks are the given ones."""
+    if len(matrices) == 1:
+        return matrices[0]
+    ends, columns, rows, entries = [], [], 0, 0
+    for matrix in matrices:
+        ends.append(matrix.crow_indices()[1:].long() + entries)
+        columns.append(matrix.col_indices().long() + rows)
+        rows, entries = rows + len(matrix), entries + len(matrix.values())
+    return _matrix(torch.cat(ends), torch.cat(columns), torch.cat([matrix.values() for matrix in matrices]))
+
+
+def _matrix(ends, columns, values):
+    """Square CSR matrix.  ends: (N,) entries up to the end of each row.  columns, values: (M,) of the entries."""
     # int32 indices make the products a third faster; int64 where the entries cannot be counted in 32 bits.
-    index = torch.int32 if inside.numel() < 2**31 else torch.int64
-    row = F.pad(count, (1, 0)).to(index)
-    size = (len(column), len(column))
+    index = torch.int32 if len(values) < 2**31 else torch.int64
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
-        return torch.sparse_csr_tensor(row, column[inside].to(index), weight[inside], size, check_invariants=False)
+        return torch.sparse_csr_tensor(F.pad(ends, (1, 0)).to(index), columns.to(index), values, (len(ends),) * 2,
+                                       check_invariants=False)
 
 
 def _check_affinity(affinity, offsets, beta):

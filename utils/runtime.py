@@ -20,13 +20,19 @@ def keep_memory():
     By default a large tensor is mapped anew and its pages are faulted in again: on two CPU cores that was
     39 % of a training step.  Elsewhere than on glibc, or on failure, nothing changes.  Returns whether it took effect.
     """
+    return set_memory(2**30, 2**31 - 1, 256 << 20)
+
+
+def set_memory(mmap_threshold, trim_threshold, top_pad):
+    """Set thresholds of glibc's allocator in bytes, see mallopt(3); returns whether they took effect."""
     if not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # musl and others
         return False
-    return all([mallopt(M_MMAP_THRESHOLD, 2**30), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_TOP_PAD, 256 << 20)])
+    return all([mallopt(M_MMAP_THRESHOLD, mmap_threshold), mallopt(M_TRIM_THRESHOLD, trim_threshold),
+                mallopt(M_TOP_PAD, top_pad)])
 
 
 def wait_quietly():
@@ -61,7 +67,7 @@ def run_main(main):
         if distributed.world() == 1:
             raise
         if lost_process(error):
-            _end(1, f"Error: another process has ended; its error above says why")
+            _end(1, "Error: another process has ended; its error above says why")
         traceback.print_exc(file=sys.__stderr__)
         os._exit(1)
     sys.exit(status)

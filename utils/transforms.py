@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
+from utils.labels import IGNORE
 from utils.maps import resize_image
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for RGB in [0, 1]
-IGNORE = 255
 JITTER = (0.3, 0.3, 0.3, 0.1)  # brightness, contrast, saturation, hue (PSA)
 
 

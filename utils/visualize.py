@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.artifacts import atomic_path
-from utils.errors import UserError
+from utils.labels import read_labels
 
 WHITE = (255, 255, 255)
 GAP = 4           # pixels between the pictures of a panel
@@ -49,20 +49,10 @@ def save_mask(path, mask):
 def read_mask(path):
     """Read a mask of class indices.  Returns (H, W) uint8.
 
-    Raises UserError if it is missing or damaged, or if the file holds colours instead of indices (any mode but palette
-    or 8-bit grey).
+    Raises UserError if it is missing or damaged, or if the file holds colours instead of indices.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode in ("P", "L"):
-                return np.array(image, dtype=np.uint8)
-            mode = image.mode
-    except FileNotFoundError:
-        raise UserError(f"no mask {path}; run the step that writes it, or name another folder") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"cannot decode mask {path} ({error}); delete it and make it again") from None
-    raise UserError(f"{path}: picture of mode {mode}, but a mask holds class indices (mode P or L); "
-                    "map its colours to indices and write it with utils.visualize.save_mask")
+    missing = f"no mask {path}; run the step that writes it, or name another folder"
+    return read_labels(path, missing, "delete it and make it again")
 
 
 def save_picture(path, picture):

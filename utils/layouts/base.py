@@ -4,13 +4,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from utils import distributed
 from utils.errors import UserError
 from utils.images import SUFFIXES, image_size, read_image
-
-IGNORE = 255
+from utils.labels import IGNORE, read_labels
 
 
 @dataclass
@@ -119,16 +117,9 @@ def class_values(classes):
 
 
 def read_grey(path):
-    """The values of an 8-bit palette or grey picture, uint8 (H, W)."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("L", "P", "1"):
-                raise UserError(f"{path} has mode {image.mode}; a mask is an 8-bit palette or grey picture")
-            return np.asarray(image if image.mode != "1" else image.convert("L"))
-    except FileNotFoundError:
-        raise UserError(f"no ground truth {path}; put it there or take its id out of the split file") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"cannot decode {path} ({error}); replace the file") from None
+    """The values of a picture of ground truth, uint8 (H, W)."""
+    missing = f"no ground truth {path}; put it there or take its id out of the split file"
+    return read_labels(path, missing, "replace the file")
 
 
 def translated(path, values, mapping, allowed):

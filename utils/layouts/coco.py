@@ -19,7 +19,8 @@ import numpy as np
 
 from utils.artifacts import Folder, cached_arrays, file_stamp
 from utils.errors import UserError
-from utils.layouts.base import IGNORE, Dataset, Pictures, check_tree, image_files
+from utils.labels import IGNORE
+from utils.layouts.base import Dataset, Pictures, check_tree, image_files
 from utils.log import progress
 
 # name: (folder and JSON, whether images without any object are left out)

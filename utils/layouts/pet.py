@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
-from utils.layouts.base import IGNORE, Dataset, image_files, read_grey, read_lines, translated
+from utils.labels import IGNORE
+from utils.layouts.base import Dataset, image_files, read_grey, read_lines, translated
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,110 @@
+"""Every speed measurement, one after the other, and docs/performance.md written from what they print.
+
+    python -m benchmarks.performance [--only random_walk crf] [--data_root data/oxford-iiit-pet]
+
+Each benchmark runs as its own process and prints its table; its JSON lines become rows of the document. --only replaces
+nothing: it prints, and leaves the document as it is. --data_root gives the benchmarks that take photos real ones.
+"""
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from utils.artifacts import atomic_path
+from utils.log import environment
+from utils.runtime import run_main
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT = ROOT / "docs" / "performance.md"
+# Name -> (whether it takes --data_root, what is measured, the target the project set itself).
+BENCHMARKS = {
+    "random_walk": (False, "Random walk, T^256, radius 5, three maps, against squaring the dense matrix",
+                    "47x63: 200 times at an error under 1e-3, and under 1e-5 on request; 94x125: 3,000 times, under 80 MB"),
+    "affinity_loss": (False, "Affinity loss, forward and backward, crop 448, batch 8, against gathered pairs",
+                      "3 times, a third of the memory"),
+    "crf": (True, "Dense CRF of photos, several processes, their classes and the background",
+            "1.8 times one process, with its pixels; 6 times 21 classes in one process"),
+    "cam": (True, "CAMs, four scales and mirror images, ResNet-50, against one image and scale at a time",
+            "1.5 times, under 3 GB for any image"),
+    "scoring": (False, "Scoring masks, and 100 thresholds, against a numpy pass for each class (and threshold)",
+                "20 times for the sweep of 1,449 masks"),
+    "deeplab": (False, "DeepLabV1-ResNet38, one step and one inference at 448, against a plain network", "1.3 times"),
+    "train_throughput": (False, "A training step of each stage at its published size, against a plain float32 loop",
+                         "on two CPU cores 1.5 times for DeepLab in bf16"),
+    "loader": (False, "Reading and varying training images, and the memory of 82,081 items in a worker",
+               "not the limit of a training"),
+}
+
+
+def run(name, data_root):
+    """Run one benchmark, its words to the screen; returns its rows."""
+    command = [sys.executable, "-m", f"benchmarks.{name}"]
+    if data_root and BENCHMARKS[name][0]:
+        command += ["--data_root", data_root]
+    print(f"\n$ python {' '.join(command[1:])}", flush=True)
+    lines = []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    if process.returncode:
+        sys.exit(f"Error: benchmarks.{name} ended with status {process.returncode}; see above")
+    return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def processor():
+    """The processor's name and the cores this process may use."""
+    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{names[0] if names else platform.processor() or 'unknown processor'}, {cores} cores"
+
+
+def _cpuinfo():
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def document(rows, photos):
+    """The text of docs/performance.md.  rows: {benchmark: [row]}.  photos: said of what the photos were."""
+    facts = environment()
+    parts = [
+        "# Performance", "",
+        "Written by `make bench` (`python -m benchmarks.performance`): ours beside a plain reference, in the same run. Ratio: the",
+        "reference's seconds over ours. Extra MB: by which ours raised the peak of resident memory. Error: the largest difference of",
+        "the results, as each benchmark's docstring says.", "",
+        f"{processor()}; torch {facts['torch']}; commit {(facts['git_commit'] or 'none')[:10]}. Photos: {photos}.", ""]
+    for name, found in rows.items():
+        _, title, target = BENCHMARKS[name]
+        parts += [f"## {title}", "", f"`python -m benchmarks.{name}`; target: {target}.", "",
+                  "| case | seconds | reference | ratio | extra MB | error | |", "|---|---|---|---|---|---|---|"]
+        parts += [_line(row) for row in found] + [""]
+    return "\n".join(parts)
+
+
+def _line(row):
+    known = ("case", "seconds", "reference_seconds", "ratio", "extra_mb", "max_error")
+    more = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in row.items() if name not in known)
+    shown = ["" if row.get(name) is None else f"{row[name]:,.4g}" for name in known[1:]]
+    return f"| {row['case']} | " + " | ".join(shown) + f" | {more} |"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.performance", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=tuple(BENCHMARKS), help="just these, and no document")
+    parser.add_argument("--data_root", help="a folder of photos in Pet's layout (default: toy sets)")
+    args = parser.parse_args(argv)
+    data_root = str(Path(args.data_root).resolve()) if args.data_root else None
+    rows = {name: run(name, data_root) for name in args.only or BENCHMARKS}
+    if not args.only:
+        with atomic_path(DOCUMENT) as temporary:
+            temporary.write_text(document(rows, "those of --data_root" if data_root else "toy sets"), encoding="utf-8")
+        print(f"\nWrote {DOCUMENT.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,144 @@
+"""The flags of the dense CRF: what they change, which folders they make anew, and runs where pydensecrf is missing."""
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from script_runs import MACHINE, ROOT, SMALL, STAGE2, chain, copy, fork, read_json
+
+import run_inference
+import run_train
+import test_deeplab
+from src import masks
+from utils import options as flags
+from utils.crf import PRESETS, CRFParams, settle_backend
+from utils.errors import UserError
+from utils.maps import resize_maps, with_background
+from utils.visualize import read_mask
+
+NONE = {name: None for name in flags.CRF}
+
+
+def options(**given):
+    return {**NONE, "crf": True, "crf_preset": "psa", "crf_backend": "torch", "device": "cpu", **given}
+
+
+def test_every_setting_of_the_crf_has_its_flag():
+    assert set(flags.CRF) - {"crf_preset", "crf_backend"} == {f"crf_{name}" for name in CRFParams.__dataclass_fields__}
+    for names in (run_inference.NAMES, run_train.NAMES[2], test_deeplab.NAMES):
+        assert set(flags.CRF) < set(names)
+
+
+def test_a_flag_left_out_takes_the_presets_value():
+    crf = masks.chosen_crf(options(crf_bilateral_srgb=7.5, crf_iterations=0))
+    assert crf.params == CRFParams(3, 3, 80, 7.5, 10, 0), crf.params
+    assert masks.chosen_crf(options(crf_preset="avc")).params == PRESETS["avc"]
+    assert masks.chosen_crf(options(crf=False)) is None
+
+
+@pytest.mark.parametrize("given, identity", [
+    ({}, {"crf_preset": "psa"}),
+    ({"crf_bilateral_sxy": 80.0, "crf_iterations": 10}, {"crf_preset": "psa"}),
+    ({"crf_bilateral_sxy": 60.0, "crf_iterations": 0}, {"crf_preset": "psa", "crf_bilateral_sxy": 60.0,
+                                                        "crf_iterations": 0}),
+    ({"crf_backend": "torch"}, {"crf_preset": "psa", "crf_backend": "torch"}),
+])
+def test_a_folder_is_told_only_what_departs_from_the_preset_and_pydensecrf(given, identity):
+    found = masks.crf_identity({**options(crf_backend="pydensecrf"), **given})
+    assert found == identity, found  # so that folders from before these flags keep their masks
+
+
+@pytest.mark.parametrize("flag, value, words", [
+    ("--crf_gaussian_sxy", "0", "at least 0.5"), ("--crf_bilateral_sxy", "20000", "at most 10000"),
+    ("--crf_bilateral_srgb", "nan", "at least 0.5"), ("--crf_gaussian_compat", "-1", "at least 0"),
+    ("--crf_bilateral_compat", "inf", "at most 10000"), ("--crf_iterations", "-1", "at least 0"),
+    ("--crf_iterations", "2.5", "invalid whole number"), ("--crf_backend", "numpy", "pydensecrf"),
+])
+def test_a_value_out_of_range_is_refused_in_one_line(flag, value, words, capsys):
+    with pytest.raises(SystemExit):
+        run_inference.build_parser().parse_args([flag, value])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert flag in line and words in line, line
+
+
+def test_both_alphas_share_one_crf_and_label_as_two_would():
+    rng = np.random.default_rng(0)
+    image, cam = rng.integers(0, 256, (47, 61, 3), dtype=np.uint8), rng.random((2, 12, 16)).astype(np.float32)
+    keys, alphas, crf = np.array([2, 5]), (4.0, 24.0), masks.chosen_crf(options())
+    found = masks.affinity_label(image, keys, cam, *alphas, crf, 1024)
+    low, high = (masks.decide(image, keys, with_background(resize_maps(cam, (47, 61)), alpha), crf, 1024, 0.5)
+                 for alpha in alphas)
+    expected = np.where(high == 0, np.where(low > 0, 255, 0), np.where(low > 0, low, 255))
+    assert len(np.unique(expected)) > 2 and (found == expected).all(), f"{(found != expected).mean():.1%} differ"
+
+
+def test_the_scripts_take_single_settings_and_write_them_down(without_pydensecrf):
+    manifest = read_json(without_pydensecrf.folder / "output" / "deeplab_test" / "masks" / "manifest.json")
+    found = {name: value for name, value in manifest["identity"].items() if name.startswith("crf_")}
+    assert found == {"crf_preset": "seamv1", "crf_iterations": 2, "crf_bilateral_srgb": 9.0, "crf_backend": "torch"}, found
+
+
+# --- without pydensecrf ---------------------------------------------------------------------------------------------
+
+def test_auto_falls_back_to_torch_and_says_so_once(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pydensecrf", None)
+    assert settle_backend("auto") == "torch"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pydensecrf cannot be imported" in line and "torch" in line, line
+    assert settle_backend("torch") == "torch" and not capsys.readouterr().err
+    with pytest.raises(UserError, match="--crf_backend pydensecrf, but .* pip install pydensecrf2"):
+        settle_backend("pydensecrf")
+
+
+def test_auto_takes_pydensecrf_in_silence_where_it_is_there(capsys):
+    pytest.importorskip("pydensecrf.densecrf", reason="pydensecrf cannot be imported")
+    assert settle_backend("auto") == "pydensecrf" and not capsys.readouterr().err
+
+
+@chain
+def without_pydensecrf(folder, get):
+    """Steps 2, 3, 4 and 6 in a copy of the pipeline by interpreters, workers included, that find no pydensecrf."""
+    copy(get("pipeline").folder, folder, without=("affinity_labels", "walks", "masks"))
+    (folder / "hidden").mkdir()
+    (folder / "hidden" / "sitecustomize.py").write_text("import sys\nsys.modules['pydensecrf'] = None\n")
+    commands = {3: ("run_inference.py", "--model_path", STAGE2, "--device", "cpu", "--workers", 2),
+                4: ("run_eval.py", *MACHINE, "--no-crf"),
+                6: ("test_deeplab.py", "--scales", 1, *MACHINE, "--crf_iterations", 2, "--crf_bilateral_srgb", 9),
+                2: ("run_train.py", "--stage", 2, *SMALL)}
+    runs = fork(folder, [(folder, command) for command in commands.values()],
+                env={"PYTHONPATH": str(folder / "hidden")})
+    return SimpleNamespace(folder=folder, runs=dict(zip(commands, runs)), first=get("pipeline").folder)
+
+
+@pytest.mark.parametrize("step, said", [(2, 1), (3, 1), (4, 0), (6, 1)])
+def test_the_steps_work_without_pydensecrf_and_say_once_that_it_is_missing(without_pydensecrf, step, said):
+    done = without_pydensecrf.runs[step]
+    errors = done.stderr
+    assert done.returncode == 0, errors
+    assert errors.count("pydensecrf cannot be imported") == said, errors
+
+
+def test_masks_without_pydensecrf_are_those_with_it(without_pydensecrf):
+    first, second = (home / "output" / "inference" for home in (without_pydensecrf.first, without_pydensecrf.folder))
+    if read_json(first / "manifest.json")["options"]["crf_backend"] == "torch":
+        pytest.skip("pydensecrf cannot be imported, so there is nothing to compare with")
+    assert read_json(second / "manifest.json")["identity"]["crf_backend"] == "torch"
+    same = [(read_mask(first / path.name) == read_mask(path)).mean() for path in sorted(second.glob("*.png"))]
+    assert len(same) == 12 and np.mean(same) > 0.995, f"{np.mean(same):.2%} of pixels the same"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("builds", [True, False])
+def test_make_setup_goes_on_where_pydensecrf_cannot_be_built(tmp_path, builds):
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(f"#!/bin/sh\ncase \"$*\" in *requirements.txt*) exit {int(not builds)};; esac\n")
+    python.chmod(0o755)
+    done = subprocess.run(["make", "setup", f"VENV={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "installed").is_file(), done.stderr
+    assert ("WARNING: pydensecrf2 cannot be built" in done.stderr) == (not builds), done.stderr
+    if not builds:
+        others = (ROOT / "requirements.txt").read_text().replace("pydensecrf2\n", "")
+        assert (tmp_path / "without_crf.txt").read_text() == others
