@@ -1,11 +1,26 @@
-"""The plain network that benchmarks.deeplab measures ours against is the same network."""
+"""What the benchmarks set ours against computes the same thing, and what they write says what was measured."""
+import json
+
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.affinity_loss import case, gather_loss
+from benchmarks.avc_ablation import square_truth
+from benchmarks.cam import SCALES, plain_cam
 from benchmarks.deeplab import plain, without_dropout
+from benchmarks.measure import Table
+from benchmarks.performance import BENCHMARKS, document
+from benchmarks.scoring import counts_of, plain_sweep, score_maps
+from models.affinitynet import affinity_loss
 from models.build import build_network
 from models.deeplab import segmentation_loss
+from src.cams import cam_size, image_cams
+from utils.labels import IGNORE
+from utils.loader import scaled_views
+from utils.metrics import SweepHistogram
+from utils.random_walk import half_disc
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -25,3 +40,49 @@ def test_the_plain_deeplab_gives_our_loss_and_gradients_in_float64(training):
     for a, b in zip(gradients, ours):
         gap = ((a - b).norm() / a.norm()).item()
         assert gap < 1e-5, f"gradients differ by {gap:.1e}"
+
+
+def test_the_plain_cam_is_ours_where_both_see_the_same_pixels():
+    torch.manual_seed(0)
+    network = build_network("classifier", "resnet18", classes=3).eval()
+    image = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    size = cam_size(image.shape[:2], 512)
+    item = {"size": image.shape[:2], "views": scaled_views(image, SCALES, 512, 16)}
+    options = {"flip": True, "precision": "fp32", "labels": "gt", "max_size": 512}
+    ((_, cam),) = image_cams(network, [item], [np.array([0, 1, 0])], options, torch.device("cpu"))
+    error = abs(cam[0] - plain_cam(network, image, 1, size)).max()
+    assert error < 1e-5, f"off by {error}"
+
+
+def test_the_gathered_affinity_loss_is_ours():
+    features, labels = case(1)
+    offsets = half_disc(3)
+    one, other = affinity_loss(features, labels, offsets)[0].item(), gather_loss(features, labels, offsets).item()
+    assert abs(one - other) < 1e-4, f"losses {one} and {other}"
+
+
+def test_the_plain_sweep_counts_what_the_histogram_counts():
+    histogram = SweepHistogram(5, 7)
+    (image,) = score_maps(1, (20, 30), 4)
+    histogram.update(*image)
+    expected = plain_sweep(*image, histogram.thresholds(), 5)
+    for threshold, matrix, counts in zip(histogram.thresholds(), histogram.confusions(), expected):
+        assert (counts_of(matrix) == counts).all(), f"counts differ at {threshold}"
+
+
+def test_truth_lies_on_the_cells_of_the_padded_square_and_nowhere_else():
+    mask = np.ones((100, 200), np.uint8)
+    mask[:, 150:] = 0
+    truth = square_truth(mask, 257, (17, 17)).view(17, 17)
+    assert (truth[9:] == IGNORE).all() and (truth[:9, :12] == 1).all() and (truth[:9, 13:] == 0).all(), truth.tolist()
+
+
+def test_a_case_is_a_line_of_the_table_a_json_line_and_a_row_of_the_document(capsys):
+    table = Table()
+    table.add("walk", 0.5, 4.0, None, 1.234e-5, images=3)
+    table.finish()
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row == {"case": "walk", "seconds": 0.5, "reference_seconds": 4.0, "ratio": 8.0, "extra_mb": None,
+                   "max_error": 1.2e-5, "images": 3}
+    text = document({name: [row] for name in BENCHMARKS}, "toy sets")
+    assert text.count("| walk | 0.5 | 4 | 8 |  | 1.2e-05 | images 3 |") == len(BENCHMARKS), text
