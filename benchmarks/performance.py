@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from utils.artifacts import atomic_path
@@ -19,34 +20,51 @@ from utils.runtime import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "performance.md"
-# Name -> (whether it takes --data_root, what is measured, the target the project set itself).
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """title: what is measured, against what.  target: the project's own.  flags: of the run.  photos: takes --data_root."""
+    title: str
+    target: str
+    flags: tuple = ()
+    photos: bool = False
+
+
 BENCHMARKS = {
-    "random_walk": (False, "Random walk, T^256, radius 5, three maps, against squaring the dense matrix",
-                    "47x63: 200 times at an error under 1e-3, and under 1e-5 on request; 94x125: 3,000 times, under 80 MB"),
-    "affinity_loss": (False, "Affinity loss, forward and backward, crop 448, batch 8, against gathered pairs",
-                      "3 times, a third of the memory"),
-    "crf": (True, "Dense CRF of photos, several processes, their classes and the background",
-            "1.8 times one process, with its pixels; 6 times 21 classes in one process"),
-    "cam": (True, "CAMs, four scales and mirror images, ResNet-50, against one image and scale at a time",
-            "1.5 times, under 3 GB for any image"),
-    "scoring": (False, "Scoring masks, and 100 thresholds, against a numpy pass for each class (and threshold)",
-                "20 times for the sweep of 1,449 masks"),
-    "deeplab": (False, "DeepLabV1-ResNet38, one step and one inference at 448, against a plain network", "1.3 times"),
-    "train_throughput": (False, "A training step of each stage at its published size, against a plain float32 loop",
-                         "on two CPU cores 1.5 times for DeepLab in bf16"),
-    "loader": (False, "Reading and varying training images, and the memory of 82,081 items in a worker",
-               "not the limit of a training"),
+    "random_walk": Benchmark(
+        "Random walk, T^256, radius 5, three maps, against squaring the dense matrix",
+        "47x63: 200 times at an error under 1e-3, and under 1e-5 on request; 94x125: 3,000 times, under 80 MB"),
+    "affinity_loss": Benchmark("Affinity loss, forward and backward, crop 448, batch 8, against gathered pairs",
+                               "3 times, a third of the memory"),
+    "crf": Benchmark("Dense CRF of 100 photos: several processes, few classes, the torch backend",
+                     "1.8 times one process, with its pixels; 6 times 21 classes in one process",
+                     ("--presets", "psa"), photos=True),
+    "cam": Benchmark("CAMs, four scales and mirror images, ResNet-50, against one image and scale at a time",
+                     "1.5 times, under 3 GB for any image", photos=True),
+    "scoring": Benchmark("Scoring masks, and 100 thresholds, against a numpy pass for each class (and threshold)",
+                         "20 times for the sweep of 1,449 masks"),
+    "deeplab": Benchmark("DeepLabV1-ResNet38, one step and one inference at 448, against a plain network", "1.3 times"),
+    "train_throughput": Benchmark("A training step of DeepLabV1-ResNet38 at its published size, against a plain float32 loop",
+                                  "on two CPU cores 1.5 times in bf16",
+                                  ("--stages", "deeplab", "--variants", "plain", "fp32", "bf16")),
+    "loader": Benchmark("Reading and varying training images, and the memory of 82,081 items in a worker",
+                        "not the limit of a training"),
 }
+
+
+def command_of(name, data_root=None):
+    """The command line of a benchmark, as a user types it."""
+    photos = ["--data_root", data_root] if data_root and BENCHMARKS[name].photos else []
+    return ["python", "-m", f"benchmarks.{name}", *BENCHMARKS[name].flags, *photos]
 
 
 def run(name, data_root):
     """Run one benchmark, its words to the screen; returns its rows."""
-    command = [sys.executable, "-m", f"benchmarks.{name}"]
-    if data_root and BENCHMARKS[name][0]:
-        command += ["--data_root", data_root]
-    print(f"\n$ python {' '.join(command[1:])}", flush=True)
+    command = command_of(name, data_root)
+    print(f"\n$ {' '.join(command)}", flush=True)
     lines = []
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, *command[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             lines.append(line)
@@ -68,17 +86,17 @@ def _cpuinfo():
 
 
 def document(rows, photos):
-    """The text of docs/performance.md.  rows: {benchmark: [row]}.  photos: said of what the photos were."""
+    """The text of docs/performance.md.  rows: {benchmark: [row]}.  photos: whether they were real ones."""
     facts = environment()
     parts = [
         "# Performance", "",
         "Written by `make bench` (`python -m benchmarks.performance`): ours beside a plain reference, in the same run. Ratio: the",
         "reference's seconds over ours. Extra MB: by which ours raised the peak of resident memory. Error: the largest difference of",
         "the results, as each benchmark's docstring says.", "",
-        f"{processor()}; torch {facts['torch']}; commit {(facts['git_commit'] or 'none')[:10]}. Photos: {photos}.", ""]
+        f"{processor()}; torch {facts['torch']}; commit {(facts['git_commit'] or 'none')[:10]}. Photos: {'of DATA' if photos else 'toy images'}.", ""]
     for name, found in rows.items():
-        _, title, target = BENCHMARKS[name]
-        parts += [f"## {title}", "", f"`python -m benchmarks.{name}`; target: {target}.", "",
+        parts += [f"## {BENCHMARKS[name].title}", "",
+                  f"`{' '.join(command_of(name, 'DATA' if photos else None))}`; target: {BENCHMARKS[name].target}.", "",
                   "| case | seconds | reference | ratio | extra MB | error | |", "|---|---|---|---|---|---|---|"]
         parts += [_line(row) for row in found] + [""]
     return "\n".join(parts)
@@ -101,7 +119,7 @@ def main(argv=None):
     rows = {name: run(name, data_root) for name in args.only or BENCHMARKS}
     if not args.only:
         with atomic_path(DOCUMENT) as temporary:
-            temporary.write_text(document(rows, "those of --data_root" if data_root else "toy sets"), encoding="utf-8")
+            temporary.write_text(document(rows, bool(data_root)), encoding="utf-8")
         print(f"\nWrote {DOCUMENT.relative_to(ROOT)}")
     return 0
 

@@ -84,5 +84,6 @@ def test_a_case_is_a_line_of_the_table_a_json_line_and_a_row_of_the_document(cap
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row == {"case": "walk", "seconds": 0.5, "reference_seconds": 4.0, "ratio": 8.0, "extra_mb": None,
                    "max_error": 1.2e-5, "images": 3}
-    text = document({name: [row] for name in BENCHMARKS}, "toy sets")
+    text = document({name: [row] for name in BENCHMARKS}, photos=True)
     assert text.count("| walk | 0.5 | 4 | 8 |  | 1.2e-05 | images 3 |") == len(BENCHMARKS), text
+    assert "`python -m benchmarks.crf --presets psa --data_root DATA`" in text, text
