@@ -257,7 +257,7 @@ def main():
     table = Table()
     for case, found, plain, more in rows:
         table.add(case, found["seconds"], plain or found["seconds"], 1000 * found["gigabytes"], None, **more,
-                  device=facts["device_name"], matrix_rates={key: round(rate / 1e12, 3) for key, rate in rates.items()})
+                  device=facts["device_name"], **{f"{key}_tflops": round(rate / 1e12, 3) for key, rate in rates.items()})
     table.finish()
     return 0 if rows else 1
 
