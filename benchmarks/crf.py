@@ -20,6 +20,7 @@ import tempfile
 import time
 import zlib
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +162,8 @@ def main(argv=None):
             make_toy(Path(folder) / "toy", train=args.count, test=1, size=430)
         paths = image_files(args.data_root or Path(folder) / "toy", args.count)
         table = Table()
-        for row in (*pools(paths, backends, args.presets[0], args.workers), *comparisons(paths, backends, args.presets)):
+        for row in chain(pools(paths, backends, args.presets[0], args.workers),
+                         comparisons(paths, backends, args.presets)):
             table.add(**row)
     table.finish()
 

@@ -10,8 +10,8 @@ from models.build import build_network, pack, unpack
 from models.deeplab import labelled_pixels, segmentation_loss
 from models.fuse import for_inference
 from src import engine, masks
-from src.eval import Stage, evaluate
 from src.cams import label_keys
+from src.eval import Stage, evaluate
 from src.inference import save_scores
 from src.records import record_hash
 from src.train import initialise, network_options, rounded_crop, split_holdout
@@ -86,7 +86,7 @@ def _validation(dataset, read, options, device):
 
     def validate(network):
         total = np.zeros((classes, classes), np.int64)
-        own = range(len(dataset))[distributed.rank()::distributed.world()]
+        own = distributed.share(range(len(dataset)))
         images = WholeImages(dataset.subset(own), max_size=options["max_size"], stride=network.trunk.stride,
                              skip_bad=skips_bad(options))
         for item in whole_image_loader(images, options["workers"], device):

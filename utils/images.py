@@ -25,7 +25,7 @@ def read_image(path):
         raise UserError(f"no image {path}; put it there or take its id out of the split file") from None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ImageError(f"cannot decode image {path} ({error}); replace the file or take its id out of the "
-                        "split file") from None
+                         "split file") from None
 
 
 def image_size(path):
@@ -37,4 +37,4 @@ def image_size(path):
         raise UserError(f"no image {path}; put it there or take its id out of the split file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f"cannot decode image {path} ({error}); replace the file or take its id out of the "
-                        "split file") from None
+                         "split file") from None

@@ -75,7 +75,6 @@ class Dataset:
         return replace(self, ids=[self.ids[i] for i in keep], files=[self.files[i] for i in keep],
                        labels=None if self.labels is None else self.labels[keep])
 
-
     def share(self):
         """The images that this one of several processes works on; all of them where it is alone."""
         return self if distributed.world() == 1 else self.subset(distributed.share(range(len(self))))
