@@ -2,14 +2,13 @@
 
 Of each image: the mean of A over pairs of cells in the object, over pairs across its border and over pairs in the
 background, and the area under the ROC curve of A as a classifier of pairs: same object, or across the border. The
-figures are means over images, of a stage-1 checkpoint's own unit features (with AVC, its head's; else the trunk's).
+figures are means over images, of a stage-1 checkpoint's affinities (with AVC, its head's; else of trunk features).
 """
 import argparse
 
 import numpy as np
 import torch
 
-from models.avc import affinity
 from models.build import unpack
 from models.fuse import for_inference
 from models.weights import load_model
@@ -69,8 +68,8 @@ def measure(network, dataset, max_size, precision, workers):
     for item in progress(whole_image_loader(images, workers, device), "affinity", len(dataset)):
         view = item["views"][0][None].contiguous(memory_format=torch.channels_last)
         with autocast(device, precision):
-            unit = network.unit_features(network.trunk(view)[network.trunk.stages[1]])
-        found.append(pair_quality(affinity(unit)[0], sampled_mask(dataset.mask(item["index"]), unit.shape[-2:])))
+            matrix, grid = network.affinities(view)
+        found.append(pair_quality(matrix[0], sampled_mask(dataset.mask(item["index"]), grid)))
     return np.mean([entry for entry in found if entry is not None], axis=0)
 
 

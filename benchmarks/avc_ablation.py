@@ -9,18 +9,17 @@ four fixed second views. Refined CAMs and affinities are scored on the cells of 
 that no training has seen, at the fixed threshold and at the best. Mean and standard deviation over seeds.
 """
 import argparse
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from benchmarks.affinity import pair_quality, sampled_mask
+from benchmarks.affinity import pair_quality
 from models import avc
 from models.build import unpack
 from models.fuse import for_inference
 from models.weights import load_model
-from src.avc import RELABEL, TERMS, Pair, View, affinity_terms, cut, draw_view, ramp, shown_pixels, valid_cells
-from src.cams import normalised_cam
+from src.avc import DIMS, RELABEL, STEPS, TERMS, Pair, View, affinity_terms, cut, draw_view, ramp, shown_pixels, valid_cells
+from src.cams import normalised_cam, sharpened
 from src.engine import autocast
 from utils.datasets import open_dataset
 from utils.errors import UserError
@@ -48,7 +47,7 @@ def squares(dataset, side):
 
 @torch.no_grad()
 def stored(network, dataset, side, precision):
-    """What the head sees of every image and view: ([(cam (n, K, h, w), features (n, D, h, w), shown (n, 1, H, W))], views).
+    """What the head sees of every image and view: ([(cam (n, K, h, w), descriptions (n, D, h, w), shown (n, 1, H, W))], views).
 
     The first entry is of the whole squares, the others of the second views; the first of these is the mirror image.
     """
@@ -59,17 +58,18 @@ def stored(network, dataset, side, precision):
         seen = [(square[None], shown_pixels(square[None]))] + [cut(square[None], view) for view in views]
         for kept, (image, shown) in zip(parts, seen):
             with autocast(image.device, precision):
-                _, cam, features = network.training_maps(image.contiguous(memory_format=torch.channels_last))
-            kept.append((cam.half(), avc.pooled(features).half(), shown))
+                _, cam, described = network.training_maps(image.contiguous(memory_format=torch.channels_last))
+            kept.append((cam.half(), described.half(), shown))
     return [[torch.cat(column) for column in zip(*kept)] for kept in parts], views
 
 
 def train_head(data, views, present, weights, options, seed):
     """A head trained by the weighted terms, as stage 1 would."""
     torch.manual_seed(seed)
-    network = SimpleNamespace(avc=avc.AffinityHead(data[0][1].shape[1]), affinity_steps=4)
+    colour = options["avc_colour"]
+    head = avc.AffinityHead(data[0][1].shape[1] - (avc.COLOURS if colour else 0), DIMS, STEPS, colour)
     side = data[0][2].shape[-2:]
-    optimizer = torch.optim.SGD(network.avc.parameters(), lr=options["lr"], momentum=options["momentum"],
+    optimizer = torch.optim.SGD(head.parameters(), lr=options["lr"], momentum=options["momentum"],
                                 weight_decay=options["weight_decay"])
     epochs = [EpochBatches(len(present), options["batch_size"], seed, epoch) for epoch in range(options["epochs"])]
     total, step = sum(map(len, epochs)), 0
@@ -79,17 +79,17 @@ def train_head(data, views, present, weights, options, seed):
         first, second = ([part[indices] for part in data[number]] for number in (0, 1 + which))
         pair = Pair(side, views[which], first[2], second[2], (None, first[0].float(), first[1].float()),
                     (None, second[0].float(), second[1].float()))
-        network.avc.observe(pair.first[2], valid_cells(pair.shown, pair.first[2].shape[-2:]))
+        head.observe(pair.first[2], valid_cells(pair.shown, pair.first[2].shape[-2:]))
         factor = ramp(step / total, options["avc_start"])
         if factor and any(weights.values()):
-            found = affinity_terms(network, pair, present[indices], weights, step / total >= RELABEL)
+            found = affinity_terms(head, pair, present[indices], weights, step / total >= RELABEL)
             for group in optimizer.param_groups:
                 group["lr"] = options["lr"] * (1 - step / total) ** 0.9
             optimizer.zero_grad(set_to_none=True)
             (factor * sum(weights[name] * value for name, value in found.items())).backward()
             optimizer.step()
         step += 1
-    return network.avc.eval()
+    return head.eval()
 
 
 @torch.no_grad()
@@ -97,16 +97,18 @@ def quality(head, data, dataset, scored, side):
     """(mIoU fixed, mIoU oracle, mean A in the object, across its border, ROC area) over the images `scored`."""
     sweep, pairs = SweepHistogram(len(dataset.classes) + 1), []
     for i in scored:
-        cam, features, shown = (part[i:i + 1] for part in data[0])
-        matrix = avc.affinity(head(features))
-        grid = features.shape[-2:]
+        cam, described, shown = (part[i:i + 1] for part in data[0])
+        _, matrix = head.affinity(described.float())
+        grid = described.shape[-2:]
         valid = valid_cells(shown, grid)
-        maps = avc.resized(cam.float().relu(), grid)
-        refined = avc.refine(maps, avc.affinity_vectors(matrix, valid), 4)[0]
+        maps = avc.resized(cam.float().relu(), grid).flatten(2)
+        refined = head.refined(maps, avc.affinity_vectors(matrix, valid), valid)[0].unflatten(1, grid)
         truth = square_truth(dataset.mask(i), side, grid)
         rows, columns = (int(valid.view(grid).any(dim=1 - axis).sum()) for axis in (0, 1))
         keys = np.flatnonzero(dataset.label(i))
-        shares = with_background(normalised_cam(refined[keys, :rows, :columns].numpy(), refined=True), BG_ALPHA)
+        kept_maps = refined[keys, :rows, :columns].numpy()
+        maps = normalised_cam(sharpened(kept_maps)) if head.colour else normalised_cam(kept_maps, refined=True)
+        shares = with_background(maps, BG_ALPHA)
         sweep.update(*foreground_share(shares, keys), truth.view(grid)[:rows, :columns].numpy().astype(np.uint8))
         kept = valid[0]
         pairs.append(pair_quality(matrix[0][kept][:, kept], truth[kept]))
@@ -117,10 +119,12 @@ def quality(head, data, dataset, scored, side):
 
 def square_truth(mask, side, grid):
     """Ground truth of an image at the cells of its padded square: (N,) int, 255 in padding."""
-    height, width = snapped_size([length * side / max(mask.shape) for length in mask.shape], 16)
-    cells = [(length - 1) * (count - 1) // (side - 1) + 1 for length, count in zip((height, width), grid)]
-    truth = torch.full(grid, IGNORE)
-    truth[:cells[0], :cells[1]] = sampled_mask(mask, cells).view(cells)
+    shown = snapped_size([length * side / max(mask.shape) for length in mask.shape], 16)
+    truth, places = torch.full(grid, IGNORE), []
+    for full, length, count in zip(mask.shape, shown, grid):
+        at = np.linspace(0, side - 1, count)
+        places.append((at[at < length - 0.5] * (full - 1) / (length - 1)).round().astype(int).clip(0, full - 1))
+    truth[:len(places[0]), :len(places[1])] = torch.from_numpy(mask[np.ix_(*places)].astype(np.int64))
     return truth.flatten()
 
 

@@ -14,43 +14,76 @@ from torch.nn import functional as F
 from utils import distributed
 
 GRID = 28            # cells a side at most: A has 28^4 = 0.6 million entries
+CELL = 8             # pixels of a cell with colours, unless the grid is at its limit
+TRAINING_GRID = 20   # cells a side at most with colours while training, where carrying A between views costs N^3
+COLOURS = 3          # channels of colour, the last ones of a description
+COMPLEMENT = 4       # power of the complement of a map: cells of half its maximum say little about the background
 IGNORE = -1          # label of a cell that is not reliable, or padding
 PAIR_CAP = 4096      # cells of either side whose pairs are separated; their product is what memory holds
 MOMENTUM = 0.1       # of the running statistics, as batch normalisation's
 ROW_SCALE = 0.03     # norm of the projection's rows at the start: only directions count, so short rows learn fast
 EPS = 1e-6
+TINY = 1e-12         # of shares, which are about 1 / N
 
 
 class AffinityHead(nn.Module):
-    """Unit features: each channel standardised, a bias-free 1x1 projection, normalised to length 1.
+    """What a cell looks like -> unit features, whose products are affinities, weighed by likeness of colour if asked.
 
-    channels: D of the feature map.  dims: d of the features.  Statistics come from valid cells and run along while
-    training; the running ones are used in training too, so that a cell's feature does not depend on its batch.
+    Unit features: each channel standardised, a bias-free 1x1 projection, normalised to length 1.
+    channels: D of the feature map.  dims: d of the unit features.  power: k, of the affinities that refine a CAM.
+    colour: standard deviation of the Gaussian of colour differences, in standard deviations of ImageNet's colours; 0
+    leaves colours out.  With them, cells are smaller, their mean colours count among the features, and refined CAMs are
+    `refined_shares`.
+    Statistics come from valid cells and run along while training; the running ones are used in training too, so that
+    a cell's feature does not depend on its batch.
     """
 
-    def __init__(self, channels, dims=32):
+    def __init__(self, channels, dims=32, power=4, colour=0.0):
         super().__init__()
+        self.power, self.colour = power, colour
+        channels += COLOURS if colour else 0
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("variance", torch.ones(channels))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # of training so far: see `observe`
         self.project = nn.Conv2d(channels, dims, 1, bias=False)
         nn.init.orthogonal_(self.project.weight.view(dims, -1), gain=ROW_SCALE)
 
-    def forward(self, features):
-        """features: (B, D, h, w).  Returns (B, d, h', w') float32 of length 1, at most 28x28 cells."""
-        with torch.autocast(features.device.type, enabled=False):
-            x = pooled(features)
-            x = (x - self.mean[:, None, None]) * (self.variance[:, None, None] + 1e-5).rsqrt()
+    def describe(self, features, images, most=GRID):
+        """What A is computed from: (B, D, h, w) float32, or (B, D + 3, h, w) with colours.
+
+        features: (B, D, h', w').  images: (B, 3, H, W) that they are of, normalised.  most: cells a side at most, with
+        colours; without them the grid is that of the features.
+        """
+        if not self.colour:
+            return pooled(features)
+        grid = grid_of(images.shape[-2:], most)
+        return torch.cat([resized(features.float(), grid), mean_colours(images.float(), grid)], dim=1)
+
+    def forward(self, described):
+        """described: see `describe`.  Returns unit features (B, d, h, w), float32."""
+        with torch.autocast(described.device.type, enabled=False):
+            x = (described - self.mean[:, None, None]) * (self.variance[:, None, None] + 1e-5).rsqrt()
             return F.normalize(self.project(x), dim=1)
 
+    def affinity(self, described):
+        """(unit features (B, d, h, w), A (B, N, N)): A = ReLU(F^T F), weighed by likeness of colour if asked."""
+        unit = self(described)
+        matrix = affinity(unit)
+        return unit, matrix * likeness(described[:, -COLOURS:], self.colour) if self.colour else matrix
+
+    def refined(self, cam, vectors, valid):
+        """The refined maps (B, K, N).  cam: (B, K, N), at least 0.  vectors, valid: see `affinity_vectors`."""
+        if self.colour:
+            return refined_shares(cam, vectors, valid, self.power)
+        return refine(cam, vectors, self.power)
+
     @torch.no_grad()
-    def observe(self, features, valid):
+    def observe(self, described, valid):
         """Count a step, and move the statistics towards those of its valid cells.
 
-        features: (B, D, h, w).  valid: (B, N') bool on the pooled grid.
+        described: see `describe`.  valid: (B, N) bool on its grid.
         """
-        cells = pooled(features).flatten(2).transpose(1, 2)[valid]  # (n, D)
-        count, mean, variance = _moments(cells)
+        count, mean, variance = _moments(described.flatten(2).transpose(1, 2)[valid])
         if count > 1:
             share = MOMENTUM if self.steps > 0 else 1.0
             self.mean.lerp_(mean, share)
@@ -66,6 +99,24 @@ def _moments(cells):
     count, mean = int(found[-1]), found[:-1] / found[-1].clamp(min=1)
     variance = distributed.total(((cells - mean) ** 2).sum(dim=0)) / max(1, count - 1)
     return count, mean, variance
+
+
+def grid_of(size, most=GRID):
+    """Cells (h, w) of an image of `size` pixels: one for 8 pixels, at most `most` a side."""
+    return tuple(min(most, (side - 1) // CELL + 1) for side in size)
+
+
+def mean_colours(images, grid):
+    """Means of images (B, 3, H, W) over windows as large as a cell (h, w), corners on corners: (B, 3, h, w).
+
+    PyTorch's `antialias` is no help: with corners on corners it is off by half a cell.
+    """
+    for axis in (0, 1):
+        cell = (images.shape[2 + axis] - 1) / max(1, grid[axis] - 1)
+        window = 2 * int(cell // 2) + 1  # odd, so that its middle is a pixel
+        kernel = (window, 1) if axis == 0 else (1, window)
+        images = F.avg_pool2d(images, kernel, 1, [side // 2 for side in kernel], count_include_pad=False)
+    return resized(images, grid)
 
 
 def pooled(maps):
@@ -88,6 +139,12 @@ def affinity(unit):
         return torch.relu(flat.transpose(1, 2) @ flat)
 
 
+def likeness(colours, deviation):
+    """exp(-|c_i - c_j|^2 / 2 deviation^2) of all pairs of cells: (B, N, N) in [0, 1].  colours: (B, 3, h, w)."""
+    cells = colours.float().flatten(2).transpose(1, 2) / deviation
+    return torch.exp(torch.cdist(cells, cells, compute_mode="donot_use_mm_for_euclid_dist").square() / -2)
+
+
 def affinity_vectors(matrix, valid):
     """Rows that sum to 1 over the valid columns; rows of padding, and its columns, are 0.
 
@@ -98,14 +155,29 @@ def affinity_vectors(matrix, valid):
 
 
 def refine(cam, vectors, steps):
-    """CAM . A^k: each cell takes the average of the map, weighed by its affinity vector, k times.
+    """CAM . A^k: each cell takes the average of the maps, weighed by its affinity vector, k = `steps` times.
 
-    cam: (B, K, h, w).  vectors: (B, N, N), see `affinity_vectors`.  Returns (B, K, h, w).
+    cam: (B, K, N).  vectors: (B, N, N), see `affinity_vectors`.  Returns (B, K, N).
     """
-    flat = cam.float().flatten(2).transpose(1, 2)  # (B, N, K)
+    cells = cam.float().transpose(1, 2)  # (B, N, K)
     for _ in range(steps):
-        flat = vectors @ flat
-    return flat.transpose(1, 2).reshape(cam.shape)
+        cells = vectors @ cells
+    return cells.transpose(1, 2)
+
+
+def refined_shares(cam, vectors, valid, steps):
+    """The refined CAM: of what each class's map and its complement send to a cell along A^k, the map's share.
+
+    The map f is the CAM over its maximum, the complement (1 - f)^4; each is divided by its sum first, so that neither
+    wins by its area, and what A^k smears over the whole image cancels out: 0.5 is undecided.
+    cam: (B, K, N).  vectors: (B, N, N).  valid: (B, N) bool.  Returns (B, K, N) in [0, 1]; padding is 0.
+    """
+    inside = valid[:, None]
+    own = torch.where(inside, cam.float().relu(), 0)
+    own = own / own.amax(dim=2, keepdim=True).clamp(min=EPS)
+    other = torch.where(inside, (1 - own) ** COMPLEMENT, 0)
+    own, other = (refine(part / part.sum(dim=2, keepdim=True).clamp(min=EPS), vectors, steps) for part in (own, other))
+    return own / (own + other).clamp(min=TINY)
 
 
 def carrier(source, target, size, window, flip):

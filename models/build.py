@@ -11,15 +11,16 @@ KINDS = ("classifier", "affinity", "deeplab")
 
 
 def build_network(kind, backbone, width=1.0, output_stride=16, dilated=True, classes=0, head="seamv1",
-                  affinity_dims=0, affinity_steps=4):
+                  affinity_dims=0, affinity_steps=4, affinity_colour=0.0):
     """A network with random weights.
 
     kind: one of KINDS.  classes: foreground classes K (DeepLab adds the background itself).  head: DeepLab's, one of
-    `models.deeplab.HEADS`.  affinity_dims, affinity_steps: of a classifier with AVC.  The rest: see `build_trunk`.
+    `models.deeplab.HEADS`.  affinity_*: of a classifier with AVC.  The rest: see `build_trunk`.
     """
     trunk = build_trunk(backbone, output_stride, width, dilated)
     if kind == "classifier":
-        return Classifier(trunk, classes, affinity_dims=affinity_dims, affinity_steps=affinity_steps)
+        return Classifier(trunk, classes, affinity_dims=affinity_dims, affinity_steps=affinity_steps,
+                          affinity_colour=affinity_colour)
     if kind == "affinity":
         return AffinityNet(trunk)
     if kind == "deeplab":

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.avc import AffinityHead, affinity, affinity_vectors, pooled, refine, resized
+from models import avc
 from models.common import CommonObject
 from models.trunk import Network
 
@@ -12,18 +12,19 @@ class Classifier(Network):
     """Multi-label image classifier whose last convolution applied before pooling is the class activation map.
 
     trunk: see `models.trunk.build_trunk`.  classes: number of foreground classes K.  dropout: of whole channels (in
-    [0, 1]), before the head.  affinity_dims: of the unit features of AVC; 0 builds no such head.  affinity_steps: the
-    power k of the affinities that refine its maps.
+    [0, 1]), before the head.  affinity_dims: of the unit features of AVC; 0 builds no such head.  affinity_steps,
+    affinity_colour: `power` and `colour` of that head, see `models.avc.AffinityHead`.
     """
 
-    def __init__(self, trunk, classes, dropout=0.5, affinity_dims=0, affinity_steps=4):
+    def __init__(self, trunk, classes, dropout=0.5, affinity_dims=0, affinity_steps=4, affinity_colour=0.0):
         super().__init__(trunk)
         self.dropout = nn.Dropout2d(dropout)
         self.head = nn.Conv2d(trunk.channels[trunk.stages[-1]], classes, 1, bias=False)
         nn.init.normal_(self.head.weight, std=0.01)
         self.common = CommonObject(trunk.channels[trunk.stages[1]])
-        self.avc = AffinityHead(trunk.channels[trunk.stages[1]], affinity_dims) if affinity_dims else None
-        self.affinity_steps = affinity_steps
+        self.avc = None
+        if affinity_dims:
+            self.avc = avc.AffinityHead(trunk.channels[trunk.stages[1]], affinity_dims, affinity_steps, affinity_colour)
 
     def forward(self, images):
         """images: (B, 3, H, W) normalised RGB.  Returns logits (B, K)."""
@@ -47,24 +48,34 @@ class Classifier(Network):
         maps = self.trunk(images)
         cam = self.head(maps[self.trunk.stages[-1]]).float()
         logits, features = cam.mean(dim=(2, 3)), maps[self.trunk.stages[1]]
-        return logits, cam if self.avc is None else self.refined(cam, features), self.common(features)
+        return logits, cam if self.avc is None else self.refined(cam, features, images), self.common(features)
 
-    def refined(self, cam, features):
-        """ReLU(CAM) . A^k.  cam: (B, K, h, w).  features: of the last stage but one.  Returns it on the pooled grid."""
-        unit = self.unit_features(features)
-        vectors = affinity_vectors(affinity(unit), unit.new_ones(len(unit), unit[0, 0].numel(), dtype=torch.bool))
-        return refine(resized(cam.float().relu(), unit.shape[-2:]), vectors, self.affinity_steps)
+    def refined(self, cam, features, images):
+        """What the affinities make of the ReLU of a CAM: (B, K, h', w') on their grid.
 
-    def unit_features(self, features):
-        """Features of length 1 (B, d, h', w') whose products are affinities: the affinity head's, or the plain ones."""
-        return F.normalize(pooled(features), dim=1) if self.avc is None else self.avc(features)
+        cam: (B, K, h, w).  features: of the last stage but one.  images: (B, 3, H, W)."""
+        unit, matrix = self.avc.affinity(self.avc.describe(features, images))
+        grid, valid = unit.shape[-2:], torch.ones(matrix.shape[:2], dtype=torch.bool, device=matrix.device)
+        maps = avc.resized(cam.relu(), grid).flatten(2)
+        return self.avc.refined(maps, avc.affinity_vectors(matrix, valid), valid).unflatten(2, grid)
+
+    def affinities(self, images):
+        """Affinities of all pairs of cells (B, N, N) and their grid (h, w): the affinity head's, or, without one, those
+        of the plain features.  images: (B, 3, H, W)."""
+        features = self.trunk(images)[self.trunk.stages[1]]
+        if self.avc is None:
+            unit = F.normalize(avc.pooled(features), dim=1)
+            return avc.affinity(unit), unit.shape[-2:]
+        unit, matrix = self.avc.affinity(self.avc.describe(features, images))
+        return matrix, unit.shape[-2:]
 
     def training_maps(self, images):
-        """As `forward`, and what AVC is computed from: (logits (B, K), cam (B, K, h, w), features (B, D, h', w'))."""
+        """As `forward`, and what AVC is computed from: (logits (B, K), cam (B, K, h, w), what its head's `describe` says)."""
         maps = self.trunk(images)
         last = maps[self.trunk.stages[-1]]
         logits = self.head(F.adaptive_avg_pool2d(self.dropout(last), 1)).flatten(1)
-        return logits, self.head(last.detach()).float().detach(), maps[self.trunk.stages[1]]
+        described = self.avc.describe(maps[self.trunk.stages[1]], images, avc.TRAINING_GRID)
+        return logits, self.head(last.detach()).float().detach(), described
 
 
 def classification_loss(logits, labels):

@@ -4,7 +4,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.avc import affinity
 from models.build import unpack
 from models.fuse import for_inference
 from src.engine import autocast
@@ -67,19 +66,19 @@ def place(chosen, size):
 def affinity_vector(kind, network, view, at, device, precision):
     """Affinities of the grid cell nearest to a place with all cells: (h, w) float32 in [0, 1], numpy.
 
-    kind: "classifier": ReLU of cosines of its unit features (of its affinity head, if it has one);
+    kind: "classifier": ReLU of cosines of its features, or what its affinity head says, if it has one;
     "affinity": exp(-mean |f_i - f_j|).  view: (3, H, W) normalised.  at: (row, column) in [0, 1], see `place`.
     """
     images = view[None].to(device, memory_format=torch.channels_last)
     with autocast(device, precision):
         if kind == "classifier":
-            features = network.unit_features(network.trunk(images)[network.trunk.stages[1]])
+            matrix, (h, w) = network.affinities(images)
         else:
             features = network(images)
-    h, w = features.shape[-2:]
+            h, w = features.shape[-2:]
     row, column = round(at[0] * (h - 1)), round(at[1] * (w - 1))
     if kind == "classifier":
-        return affinity(features)[0, row * w + column].reshape(h, w).cpu().numpy()
+        return matrix[0, row * w + column].reshape(h, w).cpu().numpy()
     features = features[0].float()
     return torch.exp(-(features - features[:, row, column, None, None]).abs().mean(dim=0)).cpu().numpy()
 

@@ -8,14 +8,20 @@ from models import avc
 from models.classifier import classification_loss
 from utils.loader import EpochBatches
 
-AVC_RECORD = {"affinity_dims": 32, "affinity_steps": 4}  # how `build_network` is told to build the head
 TERMS = ("equivariance", "agreement", "separation", "consistency")
+DIMS, STEPS = 32, 4        # of the unit features; the power of A that refines the CAM
 CELL = 16                  # crops are CELL * k + 1 pixels wide, so are the windows and the views
 SHARE, ZOOM = 0.6, (0.75, 1.25)  # least side of a window in crops, and how much it is scaled
 COLOUR = (0.2, 0.2)        # how far contrast and brightness go, in standard deviations of ImageNet
 RAMP = 0.1                 # of the training, over which the terms reach their weights
 RELABEL = 0.5              # of the training, from which on labels come from the refined CAM
-PLAIN, REFINED = (0.1, 0.4), (0.5, 0.8)  # low and high thresholds of reliable cells: of the CAM; of the refined one
+# Low and high thresholds of reliable cells: of the CAM; of the refined one; with colours, of the refined shares.
+PLAIN, REFINED, SHARES = (0.1, 0.4), (0.5, 0.8), (0.3, 0.6)
+
+
+def record_of(options):
+    """How `build_network` is told to build the affinity head of a run."""
+    return {"affinity_dims": DIMS, "affinity_steps": STEPS, "affinity_colour": options["avc_colour"]}
 
 
 @dataclass(frozen=True)
@@ -102,11 +108,10 @@ def avc_loss(options, count):
         progress = network.avc.steps.item() / total
         value = (classification_loss(first[0], labels) + classification_loss(second[0], labels)) / 2
         terms = {"classification": value.item()}
-        grid = tuple(min(side, avc.GRID) for side in first[2].shape[-2:])
-        network.avc.observe(first[2], valid_cells(shown, grid))
+        network.avc.observe(first[2], valid_cells(shown, first[2].shape[-2:]))
         factor = ramp(progress, options["avc_start"])
-        found = affinity_terms(network, Pair(images.shape[-2:], view, shown, other_shown, first, second), labels > 0,
-                       weights, progress >= RELABEL) if factor else {}
+        pair = Pair(images.shape[-2:], view, shown, other_shown, first, second)
+        found = affinity_terms(network.avc, pair, labels > 0, weights, progress >= RELABEL) if factor else {}
         for name in TERMS:
             terms[name] = found[name].item() if name in found else 0.0
             value = value + factor * weights[name] * found[name] if name in found else value
@@ -125,15 +130,18 @@ class Pair:
     second: tuple
 
 
-def affinity_terms(network, pair, present, weights, relabel):
-    """{name: scalar} of the terms whose weight is not 0.  relabel: whether refined CAMs give the reliable labels."""
+def affinity_terms(head, pair, present, weights, relabel):
+    """{name: scalar} of the terms whose weight is not 0.
+
+    head: `models.avc.AffinityHead`.  present: (B, K) bool.  relabel: whether refined CAMs give the reliable labels
+    (with colours they always do).
+    """
     with torch.autocast(pair.shown.device.type, enabled=False):
-        unit, other = network.avc(pair.first[2]), network.avc(pair.second[2])  # (B, d, h, w)
-        grid, source = unit.shape[-2:], other.shape[-2:]
+        (unit, matrix), (_, other_matrix) = head.affinity(pair.first[2]), head.affinity(pair.second[2])
+        grid, source = pair.first[2].shape[-2:], pair.second[2].shape[-2:]
         back = avc.carrier(source, grid, pair.size, pair.view.window, pair.view.flip).to(unit.device)
         valid, other_valid = valid_cells(pair.shown, grid), valid_cells(pair.other_shown, source)
         both = (other_valid.float() @ back.T > 0.999) & valid
-        matrix, other_matrix = avc.affinity(unit), avc.affinity(other)
         vectors = avc.affinity_vectors(matrix, valid)
         cam = avc.resized(pair.first[1].relu(), grid).flatten(2)  # (B, K, N)
         other_cam = avc.resized(pair.second[1].relu(), source).flatten(2)
@@ -141,13 +149,14 @@ def affinity_terms(network, pair, present, weights, relabel):
         if weights["equivariance"]:
             found["equivariance"] = avc.equivariance(matrix, back @ other_matrix @ back.T, both)
         if weights["consistency"]:
-            found["consistency"] = avc.cam_consistency(
-                _refined(cam, vectors, network, both),
-                _refined(other_cam, avc.affinity_vectors(other_matrix, other_valid), network, both, back),
-                present, both)
+            other_vectors = avc.affinity_vectors(other_matrix, other_valid)
+            maps = head.refined(cam, vectors, valid), head.refined(other_cam, other_vectors, other_valid) @ back.T
+            if not head.colour:  # shares are in [0, 1] as they are
+                maps = [avc.unit_range(part, both) for part in maps]
+            found["consistency"] = avc.cam_consistency(*maps, present, both)
         if weights["agreement"] or weights["separation"]:
-            labels = _labels(torch.where(both[:, None], (cam + other_cam @ back.T) / 2, cam), vectors.detach(), present,
-                             valid, network.affinity_steps if relabel else 0)
+            mean_cam = torch.where(both[:, None], (cam + other_cam @ back.T) / 2, cam)
+            labels = _labels(head, mean_cam, vectors.detach(), present, valid, relabel)
         if weights["agreement"]:
             found["agreement"] = avc.agreement(vectors, labels)
         if weights["separation"]:
@@ -155,18 +164,13 @@ def affinity_terms(network, pair, present, weights, relabel):
     return found
 
 
-def _refined(cam, vectors, network, valid, back=None):
-    """Refined maps (B, K, N) in the first view's frame, on [0, 1] over its valid cells."""
-    maps = avc.refine(cam[..., None], vectors, network.affinity_steps).flatten(2)
-    return avc.unit_range(maps if back is None else maps @ back.T, valid)
-
-
 @torch.no_grad()
-def _labels(cam, vectors, present, valid, steps):
-    """Reliable labels (B, N) from CAMs (B, K, N), or from those refined by `steps` steps if that is not 0."""
+def _labels(head, cam, vectors, present, valid, relabel):
+    """Reliable labels (B, N) from CAMs (B, K, N), at least 0: from the refined ones with colours or if `relabel`."""
+    if head.colour:
+        return avc.reliable_labels(head.refined(cam, vectors, valid), present, valid, *SHARES)
     cam = cam / torch.where(valid[:, None], cam, 0).amax(dim=2, keepdim=True).clamp(min=avc.EPS)
     seeds = avc.reliable_labels(cam, present, valid, *PLAIN)
-    if not steps:
+    if not relabel:
         return seeds
-    maps = avc.anchored(avc.refine(cam[..., None], vectors, steps).flatten(2), seeds, present)
-    return avc.reliable_labels(maps, present, valid, *REFINED)
+    return avc.reliable_labels(avc.anchored(head.refined(cam, vectors, valid), seeds, present), present, valid, *REFINED)

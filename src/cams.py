@@ -48,7 +48,10 @@ def image_cams(classifier, items, labels, options, device):
         odds = None
         if classifier.common.fitted:
             odds = _merged([one[i, :, None] for _, _, one in scales], size)[0] / scales[0][2].shape[1] / len(scales)
-        results.append((keys, normalised_cam(cam, odds, classifier.avc is not None)))
+        head = classifier.avc
+        if head is not None and head.colour:
+            cam = sharpened(cam / (len(scales) * scales[0][0].shape[1]))
+        results.append((keys, normalised_cam(cam, odds, head is not None and not head.colour)))
     return results
 
 
@@ -81,7 +84,7 @@ def _merged(scales, size):
 def normalised_cam(cam, odds=None, refined=False):
     """Maps (K, h, w), at least 0, of an image's classes, each divided by its own maximum: in [0, 1].
 
-    refined: whether the maps are averages by affinities, which leave a floor under them. It is taken away, and the map
+    refined: whether the maps are averages by affinities, which leave a floor under them (shares do not). It is taken away, and the map
     sharpened so that what is halfway from it to the maximum meets the background score of the default alpha.
 
     odds: log-odds (h, w) of the common object, or None for plain CAMs.  With them, a pixel's map is the probability of
@@ -95,6 +98,14 @@ def normalised_cam(cam, odds=None, refined=False):
         cam = cam - cam.min(axis=(1, 2), keepdims=True)
         cam = (cam / np.maximum(cam.max(axis=(1, 2), keepdims=True), 1e-8)) ** SHARPNESS
     return cam / np.maximum(cam.max(axis=(1, 2), keepdims=True), 1e-8)
+
+
+def sharpened(shares):
+    """`models.avc.refined_shares` (K, h, w), of which 0.5 is undecided, as maps: 0.5, once divided by its map's maximum,
+    meets the background score of the default alpha.  In a map up to 0.55 that is nine tenths of the maximum."""
+    highest = np.maximum(shares.max(axis=(1, 2), keepdims=True), 1e-8)
+    undecided = np.minimum(0.5 / highest, 0.9)
+    return (shares / highest) ** (SHARPNESS * np.log(0.5) / np.log(undecided))
 
 
 def cam_size(size, max_size):

@@ -11,7 +11,7 @@ from models.build import build_network, pack, unpack
 from models.classifier import classification_loss
 from models.weights import load_pretrained
 from src import engine, masks
-from src.avc import AVC_RECORD, avc_loss, last_epoch_counts
+from src.avc import avc_loss, last_epoch_counts, record_of
 from src.cams import cam_folder, make_cams
 from src.inference import WALK_STRIDE
 from src.records import record_hash
@@ -108,7 +108,7 @@ def run_stage1(dataset, options, device):
     torch.manual_seed(options["seed"])
     how = network_options("classifier", options, len(dataset.classes))
     avc = options["method"] == "avc"
-    how.update(AVC_RECORD if avc else {})
+    how.update(record_of(options) if avc else {})
     network = build_network(**how)
     initialise(network, options)
     learn, held = split_holdout(dataset, options["val_fraction"], options["seed"])

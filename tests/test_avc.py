@@ -58,12 +58,84 @@ def test_affinity_vectors_sum_to_one_and_leave_padding_out():
     assert not vectors[~valid].any() and not vectors.transpose(1, 2)[~valid].any(), "padding has affinity"
 
 
+def test_likeness_equals_a_double_loop_and_is_one_for_equal_colours():
+    colours = torch.randn(1, 3, *GRID, generator=torch.Generator().manual_seed(0))
+    found, flat = avc.likeness(colours, 0.7), colours.flatten(2)
+    for i in range(0, N, 6):
+        for j in range(N):
+            expected = math.exp(-float(((flat[0, :, i] - flat[0, :, j]) ** 2).sum()) / (2 * 0.7 ** 2))
+            assert abs(found[0, i, j] - expected) < 1e-6, f"likeness[{i}, {j}] is {found[0, i, j]}, not {expected}"
+    assert (avc.likeness(torch.ones(1, 3, *GRID), 0.7) == 1).all()
+
+
+def test_the_head_weighs_affinities_by_colour_unless_told_not_to():
+    described = torch.randn(2, 8, *GRID, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    head = avc.AffinityHead(5, dims=4, colour=0.5)
+    unit, matrix = head.affinity(described)
+    assert torch.equal(matrix, avc.affinity(unit) * avc.likeness(described[:, 5:], 0.5))
+    plain = avc.AffinityHead(8, dims=4)
+    unit, matrix = plain.affinity(described)
+    assert torch.equal(matrix, avc.affinity(unit))
+
+
+def test_a_description_is_features_and_mean_colours_on_one_grid():
+    images = torch.zeros(1, 3, 65, 33)
+    images[:, :, :, 17:] = 1.0
+    features = torch.randn(1, 4, 5, 3)
+    head = avc.AffinityHead(4, dims=2, colour=0.5)
+    described = head.describe(features, images)
+    assert described.shape == (1, 7, 9, 5)
+    assert torch.equal(described[:, :4, ::2, ::2], features), "corners do not lie on corners"
+    for column, mean in enumerate((0.0, 0.0, 4 / 9, 1.0, 1.0)):  # windows of 9 pixels round 0, 8, 16, 24 and 32
+        assert torch.allclose(described[0, 4:, :, column], torch.tensor(mean), atol=1e-6), (column, mean)
+
+
+def test_mean_colours_turn_with_the_image_and_equal_a_loop():
+    images = torch.rand(1, 3, 57, 41, generator=torch.Generator().manual_seed(0))
+    found = avc.mean_colours(images, (8, 6))
+    assert torch.allclose(avc.mean_colours(images.flip(-1), (8, 6)).flip(-1), found, atol=1e-6)
+    for i in range(8):
+        for j in range(6):
+            window = images[0, :, max(0, 8 * i - 4):8 * i + 5, max(0, 8 * j - 4):8 * j + 5]
+            assert torch.allclose(found[0, :, i, j], window.mean(dim=(1, 2)), atol=1e-5), (i, j)
+
+
 def test_refining_with_identity_affinity_changes_nothing_and_equals_the_matrix_power():
-    cam = torch.rand(2, 3, *GRID)
+    cam = torch.rand(2, 3, N)
     assert torch.equal(avc.refine(cam, torch.eye(N).expand(2, N, N), 3), cam)
     vectors = avc.affinity_vectors(avc.affinity(units()), everywhere())
-    expected = torch.linalg.matrix_power(vectors, 3) @ cam.flatten(2).transpose(1, 2)
-    assert torch.allclose(avc.refine(cam, vectors, 3).flatten(2).transpose(1, 2), expected, atol=1e-5)
+    expected = torch.linalg.matrix_power(vectors, 3) @ cam.transpose(1, 2)
+    assert torch.allclose(avc.refine(cam, vectors, 3).transpose(1, 2), expected, atol=1e-5)
+
+
+def test_refined_shares_equal_a_loop():
+    cam = torch.randn(1, 2, N, generator=torch.Generator().manual_seed(0))
+    valid = everywhere(1)
+    valid[0, 30:] = False
+    vectors = avc.affinity_vectors(avc.affinity(units(1)), valid)
+    found = avc.refined_shares(cam, vectors, valid, 2)
+    power = torch.linalg.matrix_power(vectors[0], 2)
+    for k in range(2):
+        own = cam[0, k].clamp(min=0) * valid[0]
+        own = own / own.max()
+        other = (1 - own) ** 4 * valid[0]
+        sent, held = power @ (own / own.sum()), power @ (other / other.sum())
+        expected = torch.where(valid[0], sent / (sent + held), 0)
+        assert torch.allclose(found[0, k], expected, atol=1e-5), f"class {k} off by {(found[0, k] - expected).abs().max()}"
+
+
+def test_refined_shares_split_two_groups_of_cells_and_do_not_depend_on_the_height_of_a_map():
+    labels = halves()
+    labels[labels == avc.IGNORE] = 0
+    vectors = avc.affinity_vectors(avc.affinity(split_units(labels)), everywhere())
+    cam = torch.zeros(2, 1, *GRID)
+    cam[:, :, 2, 5] = 1.0  # one cell of the object
+    cam = cam.flatten(2)
+    shares = avc.refined_shares(cam, vectors, everywhere(), 4)
+    assert (shares[:, 0][labels == 1] > 0.5).all() and (shares[:, 0][labels == 0] < 0.5).all(), shares
+    assert torch.allclose(avc.refined_shares(40 * cam, vectors, everywhere(), 4), shares, atol=1e-6)
+    assert (avc.refined_shares(-cam, vectors, everywhere(), 4) == 0).all(), "an empty map has no share anywhere"
 
 
 @pytest.mark.parametrize("size", [(65, 97), (17, 33), (113, 49)])
@@ -184,7 +256,7 @@ def test_every_term_is_zero_with_a_finite_gradient_where_nothing_is_valid_or_rel
     matrix, nowhere = avc.affinity(unit), torch.zeros(2, N, dtype=torch.bool)
     labels = torch.full((2, N), avc.IGNORE)
     vectors, cam = avc.affinity_vectors(matrix, nowhere), torch.rand(2, 3, N)
-    refined = avc.unit_range(avc.refine(cam[..., None], vectors, 2).flatten(2), nowhere)
+    refined = avc.unit_range(avc.refine(cam, vectors, 2), nowhere)
     terms = [avc.equivariance(matrix, matrix, nowhere), avc.agreement(vectors, labels), avc.separation(unit, labels),
              avc.cam_consistency(refined, refined, torch.ones(2, 3, dtype=torch.bool), nowhere)]
     assert [term.item() for term in terms] == [0, 0, 0, 0]
@@ -203,8 +275,9 @@ def test_padding_never_counts():
         unit = unit.reshape(2, 4, *GRID)
         matrix = avc.affinity(unit)
         vectors = avc.affinity_vectors(matrix, valid)
-        maps = avc.unit_range(avc.refine(torch.rand(2, 3, N, generator=torch.Generator().manual_seed(0))[..., None],
-                                         vectors, 2).flatten(2), valid)
+        cam = torch.rand(2, 3, N, generator=torch.Generator().manual_seed(0))
+        cam[..., N // 2:] *= seed  # other maps in the padding
+        maps = avc.unit_range(avc.refine(cam, vectors, 2), valid) + avc.refined_shares(cam, vectors, valid, 2)
         other = avc.affinity(units(seed=9))
         results.append([avc.equivariance(matrix, other, valid), avc.agreement(vectors, labels),
                         avc.separation(unit, labels), maps.sum()])
@@ -265,10 +338,11 @@ def network(**how):
     return build_network("classifier", "resnet18", classes=3, **{"affinity_dims": 8, "affinity_steps": 2, **how})
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet38"])
-def test_gradients_are_finite_on_padded_multi_label_images(name):
+@pytest.mark.parametrize("name, colour", [("resnet18", 0.0), ("resnet18", 0.5), ("resnet38", 0.0)])
+def test_gradients_are_finite_on_padded_multi_label_images(name, colour):
     torch.manual_seed(0)
-    net = build_network("classifier", name, width=0.125, classes=3, affinity_dims=8, affinity_steps=2).train()
+    net = build_network("classifier", name, width=0.125, classes=3, affinity_dims=8, affinity_steps=2,
+                        affinity_colour=colour).train()
     net.avc.steps += 5
     images = torch.randn(2, 3, 65, 65)
     images[0, :, 40:] = 0
@@ -280,13 +354,14 @@ def test_gradients_are_finite_on_padded_multi_label_images(name):
     assert net.avc.project.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("colour", [0.0, 0.5])
 @pytest.mark.parametrize("term", ["equivariance", "agreement", "separation", "consistency"])
-def test_a_weight_of_nought_removes_its_term_and_no_other(term):
-    net, images = network().eval(), torch.randn(2, 3, 65, 65)
+def test_a_weight_of_nought_removes_its_term_and_no_other(term, colour):
+    net, images = network(affinity_colour=colour).eval(), torch.randn(2, 3, 65, 65)
     maps = net.training_maps(images)
     pair = Pair((65, 65), View((0, 0, 65, 65), (65, 65), False), shown_pixels(images), shown_pixels(images), maps, maps)
     weights = {name: 1.0 for name in ("equivariance", "agreement", "separation", "consistency")}
-    found = affinity_terms(net, pair, torch.ones(2, 3, dtype=torch.bool), {**weights, term: 0.0}, False)
+    found = affinity_terms(net.avc, pair, torch.ones(2, 3, dtype=torch.bool), {**weights, term: 0.0}, False)
     assert set(found) == set(weights) - {term}
     assert found.get("equivariance", torch.zeros(())) < 1e-5, "equal views differ"
 
@@ -308,5 +383,7 @@ def test_one_image_equals_its_batch():
     assert torch.allclose(batch[1:2], net.localise(images[1:2])[1], atol=1e-4)
 
 
-def test_grids_are_at_most_28_cells_a_side():
+def test_grids_have_a_cell_for_8_pixels_and_are_at_most_28_cells_a_side():
+    assert avc.grid_of((65, 97)) == (9, 13) and avc.grid_of((8, 9)) == (1, 2)
+    assert avc.grid_of((1000, 60)) == (28, 8) and avc.grid_of((1000, 60), avc.TRAINING_GRID) == (20, 8)
     assert avc.pooled(torch.rand(1, 2, 57, 20)).shape == (1, 2, 28, 20)

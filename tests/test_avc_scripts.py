@@ -44,7 +44,7 @@ def test_resuming_with_another_weight_is_refused(avc_run):
 
 def test_the_record_builds_the_head_and_the_cams_are_in_range(avc_run):
     record = checkpoint(avc_run.folder / RUN / "model_best.pth.tar")["networks"]["classifier"]
-    assert record["affinity_dims"] == 32 and record["affinity_steps"] == 4
+    assert (record["affinity_dims"], record["affinity_steps"], record["affinity_colour"]) == (32, 4, 0.0)
     assert record["state"]["avc.steps"] > 0, "the last epoch's weights were not kept"
     for path in (avc_run.folder / "data" / "cams").glob("*.npz"):
         with np.load(path) as stored:

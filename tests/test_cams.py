@@ -7,11 +7,14 @@ from torch.nn import functional as F
 from data.make_toy import make_toy
 from models.build import build_network, pack
 from src import cams
-from src.cams import cam_folder, cam_size, image_cams, label_keys, make_cams, view_maps
+from src.cams import (SHARPNESS, cam_folder, cam_size, image_cams, label_keys, make_cams, normalised_cam, sharpened,
+                      view_maps)
 from src.inference import make_walks, walk_folder
 from src.masks import load_scores
 from utils.artifacts import load_cam
 from utils.datasets import open_dataset
+from utils.maps import foreground_share, with_background
+from utils.options import FLAGS
 
 CPU = torch.device("cpu")
 OPTIONS = {"flip": True, "precision": "fp32", "labels": "gt", "max_size": 512}
@@ -114,3 +117,14 @@ def test_batches_of_images_give_the_files_of_one_at_a_time(classifier, monkeypat
 
 def test_the_grid_is_a_quarter_of_the_capped_image_rounded_up():
     assert cam_size((375, 500), 512) == (94, 125) and cam_size((1200, 1600), 512) == (96, 128)
+
+
+def test_sharpened_shares_put_the_undecided_share_on_the_threshold_whatever_their_maximum():
+    shares = np.array([[[0.0, 0.2, 0.5, 1.0]], [[0.0, 0.2, 0.5, 0.7]], [[0.0, 0.1, 0.2, 0.3]]])
+    maps = normalised_cam(sharpened(shares))
+    assert np.allclose(maps[:, 0, 3], 1) and (np.diff(maps, axis=2) > 0).all(), maps
+    assert np.allclose(maps[:2, 0, 2], 0.5 ** SHARPNESS), f"0.5 becomes {maps[:2, 0, 2]}"
+    scores = with_background(maps[:1], FLAGS["bg_alpha"].default)
+    assert abs(foreground_share(scores, np.array([0]))[0][0, 2] - 0.5) < 0.02, "0.5 is not at the threshold"
+    assert maps[2, 0, 2] < 0.5 ** SHARPNESS, "a map that is sure nowhere is object in most of its cells"
+    assert not sharpened(np.zeros((1, 2, 2))).any() and sharpened(np.zeros((0, 2, 2))).shape == (0, 2, 2)

@@ -1,4 +1,5 @@
 """VOC and COCO through the six scripts with --dataset alone, images of several classes, and the server's archive."""
+import json
 import math
 import tarfile
 from types import SimpleNamespace
@@ -11,9 +12,11 @@ from script_runs import MACHINE, SMALL, STAGE2, chain, copy, files, finish, fork
 from test_refusals import check_one_line
 from trees import CATEGORIES, VOC_SHOWN, coco_stem, make_coco, make_voc
 
+from src.avc import TERMS
 from src.inference import walk_scores
 from src.masks import decide
 from src.submission import write_submission
+from utils.artifacts import load_cam
 from utils.datasets import open_dataset
 from utils.errors import UserError
 from utils.layouts.voc import CLASSES
@@ -102,6 +105,19 @@ def test_what_the_dataset_settles_is_printed_and_later_steps_inherit_the_rest(do
     assert "lr=0.01" in said and "batch_size" not in said.split("Defaults of")[1].splitlines()[0], said
     assert "bg_alpha=16.0" in done.runs[3].stderr and "crf_preset=psa" in done.runs[3].stderr, done.runs[3].stderr
     assert f"Inherited dataset={done.name} data_root={ROOTS[done.name]}" in done.runs[2].stderr, done.runs[2].stderr
+
+
+def test_avc_trains_on_images_of_several_classes_and_makes_a_map_for_each(done, tmp_path):
+    run(done.folder, "run_train.py", "--stage", 1, "--dataset", done.name, "--method", "avc", "--avc_consistency", 1,
+        *SMALL, "--crop_size", 65, "--batch_size", 4, "--scales", 1, "--cam_dir", tmp_path / "cams",
+        "--output_dir", tmp_path / "avc")
+    log = [json.loads(line) for line in (tmp_path / "avc" / "log.jsonl").read_text().splitlines()]
+    means = [line["mean"] for line in log if "mean" in line][-1]
+    assert all(0 <= means[name] < math.inf for name in TERMS) and means["equivariance"] > 0, means
+    for image_id, keys in labels_of(done).items():
+        found, cam, _ = load_cam(tmp_path / "cams", image_id)
+        assert found.tolist() == keys and cam.shape[0] == len(keys), f"{image_id}: maps of {found}, labels {keys}"
+        assert np.isfinite(cam).all() and (not keys or 0 <= cam.min() <= cam.max() <= 1), image_id
 
 
 def test_vocs_training_split_is_trainaug_with_known_labels(voc_run):

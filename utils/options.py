@@ -66,6 +66,8 @@ FLAGS = {
     "avc_separation": Flag(weight, "weight of AVC's term that cells of different labels have no affinity; 0: none",
                            1.0),
     "avc_consistency": Flag(weight, "weight of AVC's term that two views' refined maps are the same; 0: none", 1.0),
+    "avc_colour": Flag(weight, "how far colours may differ within an object, in standard deviations of ImageNet's "
+                               "colours; 0: AVC does not look at colours", 0.0),
     "avc_start": Flag(_number(float, 0, 0.9), "share of the training after which AVC's terms set in: until then the "
                                               "CAMs form", 0.2),
     "cutmix": Flag(share, "share of the steps whose images get a rectangle of another, and its labels (CutMix)", 0.0),
@@ -139,7 +141,8 @@ TRAINING = ("batch_size", "epochs", "lr", "head_lr", "momentum", "weight_decay",
 NETWORK = ("backbone", "width", "output_stride", "dilated")
 TRUNK = (*NETWORK, "pretrained")
 MAPS = ("scales", "flip", "labels")
-AVC = ("avc_equivariance", "avc_agreement", "avc_separation", "avc_consistency", "avc_start")
+AVC = ("avc_equivariance", "avc_agreement", "avc_separation", "avc_consistency", "avc_colour",
+       "avc_start")
 CRF = ("crf_preset", "crf_gaussian_sxy", "crf_gaussian_compat", "crf_bilateral_sxy", "crf_bilateral_srgb",
        "crf_bilateral_compat", "crf_iterations", "crf_backend")
 WALK = ("bg_alpha", "bg_threshold", "beta", "walk_steps", "walk_eps", "radius")
