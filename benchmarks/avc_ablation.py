@@ -130,7 +130,7 @@ def square_truth(mask, side, grid):
 
 def rows_of(options):
     """{name: weights}: every term alone, all without it, all, and none (a random projection)."""
-    full = {name: options[f"avc_{name}"] for name in TERMS}
+    full = {name: options[f"avc_{name}"] or 1.0 for name in TERMS}  # a term that the run left out counts 1
     return {"none (random projection)": dict.fromkeys(TERMS, 0.0),
             **{f"{name} alone": {other: full[other] * (other == name) for other in TERMS} for name in TERMS},
             **{f"all but {name}": {other: full[other] * (other != name) for other in TERMS} for name in TERMS},

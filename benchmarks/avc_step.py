@@ -29,7 +29,7 @@ def steps_of(method, freeze, args, device, colour=0.0):
     count = args.batch_size
     options = {"lr": 1e-3, "head_lr": 10.0, "momentum": 0.9, "weight_decay": 5e-4, "seed": 0, "accumulate": 1,
                "clip_grad": 0.0, "compile": False, "precision": args.precision, "batch_size": count, "epochs": 1,
-               "avc_start": 0.0, "avc_colour": colour, **{f"avc_{name}": FLAGS[f"avc_{name}"].default for name in TERMS}}
+               "avc_start": 0.0, "avc_colour": colour, **{f"avc_{name}": FLAGS[f"avc_{name}"].default or 1.0 for name in TERMS}}
     avc = method == "avc"
     network = build_network("classifier", "resnet50", classes=3, **(record_of(options) if avc else {}))
     network.freeze(freeze, "frozen").train()

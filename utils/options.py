@@ -65,7 +65,7 @@ FLAGS = {
     "avc_agreement": Flag(weight, "weight of AVC's term that cells of one label have the same vector; 0: none", 0.2),
     "avc_separation": Flag(weight, "weight of AVC's term that cells of different labels have no affinity; 0: none",
                            1.0),
-    "avc_consistency": Flag(weight, "weight of AVC's term that two views' refined maps are the same; 0: none", 1.0),
+    "avc_consistency": Flag(weight, "weight of AVC's term that two views' refined maps are the same; 0: none", 0.0),
     "avc_colour": Flag(weight, "how far colours may differ within an object, in standard deviations of ImageNet's "
                                "colours; 0: AVC does not look at colours", 0.0),
     "avc_start": Flag(_number(float, 0, 0.9), "share of the training after which AVC's terms set in: until then the "
