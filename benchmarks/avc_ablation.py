@@ -19,7 +19,7 @@ from models.build import unpack
 from models.fuse import for_inference
 from models.weights import load_model
 from src.avc import DIMS, RELABEL, STEPS, TERMS, Pair, View, affinity_terms, cut, draw_view, ramp, shown_pixels, valid_cells
-from src.cams import normalised_cam, sharpened
+from src.cams import refined_cam
 from src.engine import autocast
 from utils.datasets import open_dataset
 from utils.errors import UserError
@@ -106,9 +106,7 @@ def quality(head, data, dataset, scored, side):
         truth = square_truth(dataset.mask(i), side, grid)
         rows, columns = (int(valid.view(grid).any(dim=1 - axis).sum()) for axis in (0, 1))
         keys = np.flatnonzero(dataset.label(i))
-        kept_maps = refined[keys, :rows, :columns].numpy()
-        maps = normalised_cam(sharpened(kept_maps)) if head.colour else normalised_cam(kept_maps, refined=True)
-        shares = with_background(maps, BG_ALPHA)
+        shares = with_background(refined_cam(refined[keys, :rows, :columns].numpy(), 1, head), BG_ALPHA)
         sweep.update(*foreground_share(shares, keys), truth.view(grid)[:rows, :columns].numpy().astype(np.uint8))
         kept = valid[0]
         pairs.append(pair_quality(matrix[0][kept][:, kept], truth[kept]))

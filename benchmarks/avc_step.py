@@ -11,7 +11,7 @@ random images. The ratio is the reference's time through AVC's: 0.5 means that A
 import argparse
 import time
 
-from benchmarks.measure import Table
+from benchmarks.measure import Table, timed
 from utils.runtime import keep_memory, run_main, wait_quietly
 
 
@@ -29,7 +29,8 @@ def steps_of(method, freeze, args, device, colour=0.0):
     count = args.batch_size
     options = {"lr": 1e-3, "head_lr": 10.0, "momentum": 0.9, "weight_decay": 5e-4, "seed": 0, "accumulate": 1,
                "clip_grad": 0.0, "compile": False, "precision": args.precision, "batch_size": count, "epochs": 1,
-               "avc_start": 0.0, "avc_colour": colour, **{f"avc_{name}": FLAGS[f"avc_{name}"].default or 1.0 for name in TERMS}}
+               "avc_start": 0.0, "avc_colour": colour,
+               **{f"avc_{name}": FLAGS[f"avc_{name}"].default or 1.0 for name in TERMS}}
     avc = method == "avc"
     network = build_network("classifier", "resnet50", classes=3, **(record_of(options) if avc else {}))
     network.freeze(freeze, "frozen").train()
@@ -43,17 +44,15 @@ def steps_of(method, freeze, args, device, colour=0.0):
 
 
 def measure(step, device, repeats):
-    """Least seconds of so many steps."""
+    """Least seconds of so many steps, after one to warm up."""
     import torch
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    found = []
-    for _ in range(repeats + 1):
-        started = clock()
+
+    def finished():
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        found.append(clock() - started)
-    return min(found[1:])
+    finished()
+    return timed(finished, repeats, time.perf_counter if device.type == "cuda" else time.process_time)[0]
 
 
 def main(argv=None):

@@ -48,10 +48,11 @@ def image_cams(classifier, items, labels, options, device):
         odds = None
         if classifier.common.fitted:
             odds = _merged([one[i, :, None] for _, _, one in scales], size)[0] / scales[0][2].shape[1] / len(scales)
-        head = classifier.avc
-        if head is not None and head.colour:
-            cam = sharpened(cam / (len(scales) * scales[0][0].shape[1]))
-        results.append((keys, normalised_cam(cam, odds, head is not None and not head.colour)))
+        if classifier.avc is not None and odds is None:
+            maps = refined_cam(cam, len(scales) * scales[0][0].shape[1], classifier.avc)
+        else:
+            maps = normalised_cam(cam, odds)
+        results.append((keys, maps))
     return results
 
 
@@ -84,8 +85,9 @@ def _merged(scales, size):
 def normalised_cam(cam, odds=None, refined=False):
     """Maps (K, h, w), at least 0, of an image's classes, each divided by its own maximum: in [0, 1].
 
-    refined: whether the maps are averages by affinities, which leave a floor under them (shares do not). It is taken away, and the map
-    sharpened so that what is halfway from it to the maximum meets the background score of the default alpha.
+    refined: whether the maps are averages by affinities, which leave a floor under them (shares do not). It is taken
+    away, and the map sharpened so that what is halfway from it to the maximum meets the background score of the default
+    alpha.
 
     odds: log-odds (h, w) of the common object, or None for plain CAMs.  With them, a pixel's map is the probability of
     the object, sharpened so that an undecided pixel meets the background score of the default alpha, shared out among
@@ -98,6 +100,11 @@ def normalised_cam(cam, odds=None, refined=False):
         cam = cam - cam.min(axis=(1, 2), keepdims=True)
         cam = (cam / np.maximum(cam.max(axis=(1, 2), keepdims=True), 1e-8)) ** SHARPNESS
     return cam / np.maximum(cam.max(axis=(1, 2), keepdims=True), 1e-8)
+
+
+def refined_cam(cam, views, head):
+    """`normalised_cam` of the sum (K, h, w) over so many views of what an affinity head refined."""
+    return normalised_cam(sharpened(cam / views)) if head.colour else normalised_cam(cam, refined=True)
 
 
 def sharpened(shares):

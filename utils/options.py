@@ -141,8 +141,7 @@ TRAINING = ("batch_size", "epochs", "lr", "head_lr", "momentum", "weight_decay",
 NETWORK = ("backbone", "width", "output_stride", "dilated")
 TRUNK = (*NETWORK, "pretrained")
 MAPS = ("scales", "flip", "labels")
-AVC = ("avc_equivariance", "avc_agreement", "avc_separation", "avc_consistency", "avc_colour",
-       "avc_start")
+AVC = ("avc_equivariance", "avc_agreement", "avc_separation", "avc_consistency", "avc_colour", "avc_start")
 CRF = ("crf_preset", "crf_gaussian_sxy", "crf_gaussian_compat", "crf_bilateral_sxy", "crf_bilateral_srgb",
        "crf_bilateral_compat", "crf_iterations", "crf_backend")
 WALK = ("bg_alpha", "bg_threshold", "beta", "walk_steps", "walk_eps", "radius")
