@@ -1,4 +1,4 @@
-# make setup: the environment; make demo: the whole pipeline on toy data; make test: every test; make bench: the tests that
+# make setup: the environment; make demo: the whole pipeline on toy data; make test: ruff and every test; make bench: the tests that
 # need a GPU, where there is one, and the speed measurements, which become docs/performance.md. CPU, no downloads but pip's.
 # pydensecrf2 is compiled; where it cannot be, everything works without it.
 VENV ?= .venv
@@ -22,6 +22,7 @@ demo: setup
 	$(RUN) -m benchmarks.demo
 
 test: setup
+	$(RUN) -m ruff check --no-cache
 	$(RUN) -m pytest
 
 bench: setup

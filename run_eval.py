@@ -7,50 +7,69 @@ and a split with ground truth; writes scores.json, thresholds.png, classes.png, 
 from pathlib import Path
 
 from utils import options as flags
-from utils import recipes
 from utils.runtime import run_main
 
 NAMES = ("model_path", "mask_dir", *flags.DATA, *flags.MAPS, *flags.WALK, "crf", *flags.CRF, "max_size", "cam_dir",
-         "output_dir", *flags.MACHINE)
+         "output_dir", "overwrite", "show_affinity", *flags.MACHINE)
 INHERITED = (*flags.DATA, "scales", "flip", "max_size", "radius", "precision", "cam_dir")
 OF_MASKS = ("labels", "bg_alpha", "beta", "walk_steps", "walk_eps")  # inherited from masks, whose scores are asked for
 
 
-def main(argv=None):
-    parser = flags.Parser(__doc__, NAMES, recipes.MASKS, output_dir="output/eval", crf_preset="mctformer",
+def main(argv: list[str] | None = None) -> int:
+    parser = flags.Parser(__doc__, NAMES, "masks", output_dir="output/eval", crf_preset="mctformer",
                           model_path="output/stage2_resnet50/model_best.pth.tar")
-    flags.add_show_affinity(parser)
     args = parser.parse_args(argv)
     if args.mask_dir and args.show_affinity:
         parser.error("--show_affinity needs networks, and --mask_dir has none; pass --model_path instead of --mask_dir")
     if args.mask_dir and args.model_path:
         parser.error("--mask_dir scores masks as they are and --model_path makes them; pass one of them")
     from src import eval as evaluation
+    from src import start
     from src.affinity_maps import show_affinity, shown_images
-    from src.records import open_checkpoint, settle_classes
-    from src.start import begin, open_split, settle_crf, settle_labels
+    from src.inference import SplitScores
+    from src.masks import MaskConfig
+    from src.pipeline import Pipeline
+    from src.records import check_classes, open_checkpoint, with_classes
+    from utils.config import MapConfig, WalkConfig
+    from utils.store import check_data
+    payload, manifest, crf = None, None, None
     if args.mask_dir:
-        payload, stages = None, [evaluation.Stage("masks", "mask", Path(args.mask_dir))]
-        flags.resolve(parser, args, *evaluation.mask_record(args.mask_dir), (*INHERITED, *OF_MASKS))
+        manifest = evaluation.mask_manifest(args.mask_dir)
+        made_by = (manifest["options"], args.mask_dir) if manifest else (None, None)
+        flags.resolve(parser, args, *made_by, (*INHERITED, *OF_MASKS))
         args.model_path = None
     else:
         payload, args.model_path = open_checkpoint(args.model_path, parser.flags["model_path"],
                                                    args.cam_dir or parser.flags["cam_dir"], ("stage1", "stage2"))
         flags.resolve(parser, args, payload["options"], args.model_path, INHERITED)
-        settle_crf(args)
-    dataset = open_split(args)
-    if payload is not None:
-        settle_classes(payload, dataset, args.model_path)
-    settle_labels(args, dataset)
+        crf = start.settled_crf(args)
+        args.crf_backend = args.crf_backend if crf is None else crf.backend
+    dataset = start.open_split(args)
+    args.split = dataset.split
+    if manifest:
+        check_classes(dataset, manifest.get("classes", dataset.classes), args.mask_dir)
+        check_data(dataset, manifest, args.mask_dir)
+    if payload:
+        payload = with_classes(payload, dataset, args.model_path)
+    args.labels = start.settled_labels(args.labels, dataset)
+    dataset.check_truth()
     shown = shown_images(args.show_affinity, dataset)
-    device = begin("Step 4", args, dataset)
-    if args.dry_run:
+    machine = start.machine_of(args)
+    if payload:
+        pipeline = Pipeline(payload, MapConfig.of(vars(args)), WalkConfig.of(vars(args)), machine)
+        scores = SplitScores(pipeline, dataset, start.places_of(args, payload))
+        scores.check()
+    if not start.begin("Step 4", args, machine, dataset):
         return 0
-    if payload is not None:
-        stages = evaluation.checkpoint_stages(payload, dataset, vars(args), device)
-    evaluation.evaluate(dataset, stages, vars(args))
+    if payload:
+        scores.make(start.record_of(args, machine))
+        stages = evaluation.stages_of(scores, crf is not None)
+    else:
+        stages = [evaluation.Stage("masks", "mask", Path(args.mask_dir))]
+    evaluation.evaluate(dataset, stages, MaskConfig(crf, args.max_size, args.bg_threshold), machine.workers,
+                        Path(args.output_dir), vars(args))
     if shown:
-        show_affinity(payload, shown, args.show_affinity, vars(args), device)
+        show_affinity(pipeline, shown, args.show_affinity, Path(args.output_dir) / "affinity")
     return 0
 
 

@@ -2,61 +2,66 @@
 
 Reads a stage-2 checkpoint and images; writes <image_id>.png and manifest.json to --output_dir (default
 output/inference). CAMs and walked scores are kept beside the checkpoint and used again. With --images PATH (an image
-or a folder) no dataset is needed: labels are predicted, and an overlay is written beside every mask.
+or a folder) no dataset is needed: labels are predicted, and a mask and an overlay of every image are written to
+--output_dir (then by default output/images).
 """
 from pathlib import Path
 
 from utils import options as flags
-from utils import recipes
 from utils.runtime import run_main
 
-NAMES = ("model_path", *flags.DATA, *flags.MAPS, *flags.WALK, "crf", *flags.CRF, "max_size", "cam_dir", "output_dir",
-         *flags.MACHINE)
+NAMES = ("model_path", *flags.DATA, "images", *flags.MAPS, *flags.WALK, "crf", *flags.CRF, "max_size", "cam_dir",
+         "output_dir", "overwrite", "save_overlays", "save_walk", "show_affinity", *flags.MACHINE)
 INHERITED = (*flags.DATA, "scales", "flip", "max_size", "radius", "precision", "cam_dir")
 
 
-def build_parser():
-    parser = flags.Parser(__doc__, NAMES, recipes.MASKS, output_dir="output/inference", crf_preset="mctformer",
+def main(argv: list[str] | None = None) -> int:
+    parser = flags.Parser(__doc__, NAMES, "masks", output_dir=None, crf_preset="mctformer",
                           model_path="output/stage2_resnet50/model_best.pth.tar")
-    parser.add_argument("--images", metavar="PATH", help="an image or a folder of images, instead of a dataset's split")
-    parser.add_argument("--save_overlays", action="store_true", help="also write the masks laid over the images")
-    parser.add_argument("--save_walk", action="store_true",
-                        help="also write the propagation of up to 8 images as animated GIFs to <output_dir>/walks")
-    flags.add_show_affinity(parser)
-    return parser
-
-
-def main(argv=None):
-    parser = build_parser()
     args = parser.parse_args(argv)
-    from src import inference
+    if args.images is not None and args.labels == "gt":
+        parser.error("--images has no labels to go by; leave --labels out")
+    from src import inference, start
     from src.affinity_maps import show_affinity, shown_images
-    from src.records import open_checkpoint, settle_classes
-    from src.start import begin, open_split, settle_crf, settle_labels
+    from src.masks import MaskConfig
+    from src.pipeline import Pipeline
+    from src.records import open_checkpoint, with_classes
+    from utils.config import MapConfig, WalkConfig
     payload, args.model_path = open_checkpoint(args.model_path, parser.flags["model_path"],
                                                args.cam_dir or parser.flags["cam_dir"])
     flags.resolve(parser, args, payload["options"], args.model_path, INHERITED)
-    settle_crf(args)
+    args.output_dir = args.output_dir or ("output/inference" if args.images is None else "output/images")
     args.crop_size = payload["options"].get("crop_size")  # no flag of this step, but of its record: step 5 inherits it
+    crf = start.settled_crf(args)
+    args.crf_backend = args.crf_backend if crf is None else crf.backend
+    dataset, paths, out = None, None, Path(args.output_dir)
     if args.images is not None:
-        if args.labels == "gt":
-            parser.error("--images has no labels to go by; leave --labels out")
         args.labels = "predicted"
-        dataset, paths = None, inference.list_images(Path(args.images))
+        paths = inference.list_images(Path(args.images))
+        inference.check_results(paths, out)
     else:
-        dataset, paths = open_split(args), None
-        settle_classes(payload, dataset, args.model_path)
-        settle_labels(args, dataset)
+        dataset = start.open_split(args)
+        args.split = dataset.split
+        payload = with_classes(payload, dataset, args.model_path)
+        args.labels = start.settled_labels(args.labels, dataset)
     shown = shown_images(args.show_affinity, dataset, paths)
-    device = begin("Step 3", args, dataset)
-    if args.dry_run:
+    machine = start.machine_of(args)
+    pipeline = Pipeline(payload, MapConfig.of(vars(args)), WalkConfig.of(vars(args)), machine)
+    how = MaskConfig(crf, args.max_size, args.bg_threshold)
+    if dataset is not None:
+        scores = inference.SplitScores(pipeline, dataset, start.places_of(args, payload))
+        folder = inference.mask_folder(out, scores.last, how, args.overwrite)
+        scores.check()
+        folder.check(dataset)
+    if not start.begin("Step 3", args, machine, dataset):
         return 0
-    if dataset is None:
-        inference.run_images(payload, paths, vars(args), device)
-    else:
-        inference.run(payload, dataset, vars(args), device)
     if shown:
-        show_affinity(payload, shown, args.show_affinity, vars(args), device)
+        show_affinity(pipeline, shown, args.show_affinity, out / "affinity")
+    if dataset is None:
+        inference.run_images(pipeline, paths, out, how, args.save_walk)
+    else:
+        extras = [name for name, wanted in (("overlays", args.save_overlays), ("walks", args.save_walk)) if wanted]
+        inference.run(scores, folder, how, start.record_of(args, machine), extras)
     return 0
 
 

@@ -6,72 +6,137 @@ Step 2 reads the CAMs; it writes affinity labels and a checkpoint with both netw
 """
 import argparse
 import sys
+from pathlib import Path
 
+from src.seeds import SEED_FLAGS
 from utils import options as flags
-from utils import recipes
 from utils.runtime import run_main
 
-COMMON = ("download", *flags.DATA, *flags.TRUNK, *flags.TRAINING, "model_path", "cam_dir", "output_dir", *flags.MACHINE)
-NAMES = {1: (*COMMON, "method", *flags.AVC, "cutmix", "long_side", *flags.MAPS),
+COMMON = ("download", *flags.DATA, *flags.BACKBONE, *flags.TRAINING, "model_path", "cam_dir", "output_dir", "overwrite",
+          *flags.MACHINE)
+NAMES = {1: (*COMMON, "method", "cutmix", "long_side", *flags.MAPS),
          2: (*COMMON, "radius", "alpha_low", "alpha_high", *flags.CRF)}
 DEFAULTS = {1: {"epochs": 8, "freeze": None, "head_lr": 1.0}, 2: {"epochs": 6, "batch_size": 8}}
-RECIPES = {1: recipes.STAGE1, 2: recipes.STAGE2}
 INHERITED = (*flags.DATA, *flags.NETWORK, "crop_size", "max_size", "precision", "seed", "model_path")
 
 
-def parser_for(argv):
+def parser_for(argv: list[str]) -> flags.Parser:
     """The parser of the stage that --stage names; `--help` alone shows stage 1's flags."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--stage", nargs="?")
     stage = 2 if first.parse_known_args(argv)[0].stage == "2" else 1
-    parser = flags.Parser(__doc__, NAMES[stage], RECIPES[stage], **DEFAULTS[stage])
+    parser = flags.Parser(__doc__, NAMES[stage], f"stage{stage}", methods=SEED_FLAGS if stage == 1 else None,
+                          **DEFAULTS[stage])
     parser.add_argument("--stage", type=int, choices=(1, 2), required=True,
                         help="1: classifier and CAMs; 2: affinity labels and AffinityNet (--stage 2 --help: its flags)")
     return parser
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = parser_for(argv)
     args = parser.parse_args(argv)
-    from models.weights import check_pretrained, load_model
-    from src import train
-    from src.records import check_same_classifier, settle_classes
-    from src.start import begin, open_split, settle_crf, settle_labels
-    from utils.artifacts import read_manifest, run_dir
-    classifier = None
     if args.stage == 2:
-        args.cam_dir = args.cam_dir or flags.FLAGS["cam_dir"].default
-        manifest = read_manifest(args.cam_dir, "cam")
-        flags.resolve(parser, args, manifest["options"], args.cam_dir, INHERITED)
-        settle_crf(args)
-        classifier = load_model(args.model_path, steps=("stage1",))
-        args.pretrained = args.pretrained or args.model_path
-        check_same_classifier(classifier, manifest, args.model_path, args.cam_dir)
-        # Not flags of this stage, but of its record: step 3 inherits them, so that these CAMs fit its options.
-        args.scales, args.flip = manifest["options"]["scales"], manifest["options"]["flip"]
-    elif args.model_path:
-        classifier = load_model(args.model_path, steps=("stage1",))
-        flags.resolve(parser, args, {**classifier["options"], **train.network_of(classifier, args)},
-                      args.model_path, INHERITED)
-    else:
-        flags.resolve(parser, args)
-    check_pretrained(args.pretrained, args.backbone, args.width)
-    args.output_dir = args.output_dir or str(run_dir(f"stage{args.stage}", args.backbone))
-    dataset = open_split(args)
-    if args.stage == 1:
-        settle_labels(args, dataset, default="gt" if classifier is None else None)
-    if classifier is not None:
-        settle_classes(classifier, dataset, args.model_path)
-    device = begin(f"Step {args.stage}", args, dataset)
-    if args.dry_run:
-        return 0
-    if args.stage == 2:
-        train.run_stage2(dataset, classifier, vars(args), device)
-    elif classifier is not None:
-        train.adopt_classifier(classifier, dataset, vars(args), device)
-    else:
-        train.run_stage1(dataset, vars(args), device)
+        return stage2(parser, args)
+    return stage1(parser, args) if args.model_path is None else adopt(parser, args)
+
+
+def stage1(parser: flags.Parser, args: argparse.Namespace) -> int:
+    """Train the classifier, then write the CAMs."""
+    from src import start, train
+    from src.seeds import seed_class
+    from src.training.resume import check_run_dir, resumed
+    from utils.config import BackboneConfig, MapConfig, TrainConfig
+    from utils.store import check_free, run_dir
+    flags.resolve(parser, args)
+    args.pretrained = start.settled_pretrained(args.pretrained, args.backbone)
+    start.check_network(args)
+    args.method = args.method or ("cam" if args.pretrained == "none" else "common")
+    seed, backbone = seed_class(args.method), BackboneConfig.of(vars(args))
+    settings = seed.Settings.of(vars(args))
+    args.freeze = train.settled_freeze(seed, settings, backbone, args.pretrained, args.freeze, args.accumulate)
+    args.output_dir = args.output_dir or str(run_dir("stage1", args.backbone))
+    check_run_dir(args.output_dir, args.resume, args.overwrite)
+    if not args.resume:
+        check_free(args.cam_dir, "cam", args.overwrite)
+    dataset = start.open_split(args)
+    args.split = dataset.split
+    args.labels = start.settled_labels(args.labels, dataset, default="gt")
+    train.check_labelled(dataset)
+    machine = start.machine_of(args)
+    if args.resume:
+        resumed(Path(args.output_dir) / "checkpoint.pth.tar", "stage1", vars(args))
+    if start.begin("Step 1", args, machine, dataset):
+        plan = train.ClassifierPlan(backbone, args.pretrained, TrainConfig.of(vars(args)), seed, settings,
+                                    MapConfig.of(vars(args)), args.long_side)
+        train.run_stage1(dataset, plan, machine, Path(args.output_dir), Path(args.cam_dir), vars(args))
+    return 0
+
+
+def adopt(parser: flags.Parser, args: argparse.Namespace) -> int:
+    """Take the classifier at --model_path as it is, and write the CAMs."""
+    from models.weights import load_model
+    from src import start, train
+    from src.inference import cam_folder
+    from src.pipeline import Pipeline
+    from src.records import built_with, with_classes
+    from utils.config import MapConfig, WalkConfig
+    from utils.store import run_dir
+    payload = load_model(args.model_path, steps=("stage1",))
+    built = built_with(payload["networks"]["classifier"], vars(args), args.model_path)
+    flags.resolve(parser, args, {**payload["options"], **built}, args.model_path, INHERITED)
+    args.output_dir = args.output_dir or str(run_dir("stage1", args.backbone))
+    dataset = start.open_split(args)
+    args.split = dataset.split
+    args.labels = start.settled_labels(args.labels, dataset)
+    payload = with_classes(payload, dataset, args.model_path)
+    machine, path = start.machine_of(args), Path(args.output_dir) / "model_best.pth.tar"
+    train.check_adopted(payload, path)
+    pipeline = Pipeline(payload, MapConfig.of(vars(args)), WalkConfig(), machine)
+    folder = cam_folder(args.cam_dir, pipeline, args.overwrite)
+    folder.check(dataset)
+    if start.begin("Step 1", args, machine, dataset):
+        train.adopt_classifier(payload, pipeline, path, dataset, folder, vars(args))
+    return 0
+
+
+def stage2(parser: flags.Parser, args: argparse.Namespace) -> int:
+    """Make affinity labels and train AffinityNet."""
+    from models.weights import load_model
+    from src import start, train
+    from src.masks import LabelConfig
+    from src.records import check_same_classifier, with_classes
+    from src.training.resume import check_run_dir, resumed
+    from utils.config import BackboneConfig, TrainConfig
+    from utils.store import check_data, made_of, read_manifest, run_dir
+    args.cam_dir = args.cam_dir or parser.flags["cam_dir"]
+    manifest = read_manifest(args.cam_dir, "cam")
+    flags.resolve(parser, args, manifest["options"], args.cam_dir, INHERITED)
+    classifier = load_model(args.model_path, steps=("stage1",))
+    args.pretrained = args.pretrained or args.model_path
+    check_same_classifier(classifier, manifest, args.model_path, args.cam_dir)
+    # Not flags of this stage, but of its record: step 3 inherits them, so that these CAMs fit its options.
+    args.scales, args.flip = manifest["options"]["scales"], manifest["options"]["flip"]
+    start.check_network(args)
+    args.output_dir = args.output_dir or str(run_dir("stage2", args.backbone))
+    check_run_dir(args.output_dir, args.resume, args.overwrite)
+    crf = start.settled_crf(args, always=True)
+    args.crf_backend = crf.backend
+    dataset = start.open_split(args)
+    args.split = dataset.split
+    classifier = with_classes(classifier, dataset, args.model_path)
+    dataset = made_of(dataset, args.cam_dir)
+    check_data(dataset, manifest, args.cam_dir)
+    machine = start.machine_of(args)
+    plan = train.AffinityPlan(BackboneConfig.of(vars(args)), args.pretrained, TrainConfig.of(vars(args)),
+                              LabelConfig(args.alpha_low, args.alpha_high, crf, args.max_size), args.radius,
+                              Path(args.cam_dir))
+    if args.resume:
+        resumed(Path(args.output_dir) / "checkpoint.pth.tar", "stage2", vars(args))
+    train.label_folder(plan, Path(args.output_dir), args.overwrite).check(dataset)
+    if start.begin("Step 2", args, machine, dataset):
+        train.run_stage2(dataset, classifier["networks"]["classifier"], plan, machine, Path(args.output_dir),
+                         vars(args))
     return 0
 
 

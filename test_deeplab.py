@@ -3,43 +3,55 @@
 Reads output/deeplab_<backbone>/model_best.pth.tar (the newest, or --model_path) and a split (default: the test split);
 writes masks/, scores.json, plots and panels to --output_dir (default output/deeplab_test).
 """
+import sys
+from pathlib import Path
+
 from utils import options as flags
 from utils import recipes
 from utils.runtime import run_main
 
 NAMES = ("model_path", *flags.DATA, *flags.MAPS, "merge", "bg_threshold", "crf", *flags.CRF, "max_size", "output_dir",
-         *flags.MACHINE)
+         "overwrite", "save_overlays", "submission", *flags.MACHINE)
 INHERITED = ("dataset", "data_root", "difficult", "max_size", "precision")
 
 
-def main(argv=None):
-    parser = flags.Parser(__doc__, NAMES, recipes.DEEPLAB, recipes.DEEPLAB_TEST, output_dir="output/deeplab_test")
-    parser.add_argument("--save_overlays", action="store_true", help="also write the masks laid over the images")
-    parser.add_argument("--submission", metavar="FILE.tgz", help="also pack the masks of --dataset voc --split test (or "
-                        "val) for the VOC evaluation server")
+def main(argv: list[str] | None = None) -> int:
+    parser = flags.Parser(__doc__, NAMES, "deeplab", recipes.DEEPLAB_TEST, output_dir="output/deeplab_test")
     args = parser.parse_args(argv)
     from models.weights import load_model
-    from src import segment
-    from src.records import settle_classes
-    from src.start import begin, open_split, settle_crf, settle_labels
+    from src import segment, start
+    from src.masks import MaskConfig
+    from src.pipeline import DeepLabPipeline
+    from src.records import newest, with_classes
     from src.submission import check_submission, write_submission
-    args.model_path = args.model_path or segment.newest_checkpoint()
+    from utils.config import DataConfig, MapConfig
+    from utils.datasets import DATASETS
+    if args.model_path is None:
+        args.model_path = newest("deeplab")
+        print(f"Using {args.model_path}, the newest DeepLab checkpoint", file=sys.stderr)
     payload = load_model(args.model_path, steps=("deeplab",))
     parser.settle_head(payload["networks"]["deeplab"].get("head", "seamv1"))
     flags.resolve(parser, args, payload["options"], args.model_path, INHERITED)
-    settle_crf(args)
-    args.split = args.split or recipes.TEST_SPLITS.get(args.dataset)
+    args.split = args.split or DATASETS[args.dataset].test_split
     if args.submission is not None:
-        check_submission(args.submission, args)
-    dataset = open_split(args)
-    settle_classes(payload, dataset, args.model_path)
-    settle_labels(args, dataset, default="predicted")
-    device = begin("Step 6", args, dataset)
-    if args.dry_run:
+        check_submission(args.submission, DataConfig.of(vars(args)))
+    crf = start.settled_crf(args)
+    args.crf_backend = args.crf_backend if crf is None else crf.backend
+    dataset = start.open_split(args)
+    args.split = dataset.split
+    payload = with_classes(payload, dataset, args.model_path)
+    args.labels = start.settled_labels(args.labels, dataset, default="predicted")
+    machine = start.machine_of(args)
+    pipeline = DeepLabPipeline(payload, MapConfig.of(vars(args)), args.merge, machine)
+    how = MaskConfig(crf, args.max_size, args.bg_threshold)
+    folders = segment.test_folders(pipeline, Path(args.output_dir), how, args.overwrite)
+    for folder in folders:
+        folder.check(dataset)
+    if not start.begin("Step 6", args, machine, dataset):
         return 0
-    mask_dir = segment.run_test(payload, dataset, vars(args), device)
+    segment.run_test(pipeline, dataset, folders, how, start.record_of(args, machine), args.save_overlays)
     if args.submission is not None:
-        write_submission(args.submission, mask_dir, dataset)
+        write_submission(args.submission, folders[1].path, dataset)
     return 0
 
 

@@ -3,43 +3,48 @@
 Reads images and the masks of step 3 (default output/inference), whose record tells the dataset; writes
 output/deeplab_<backbone>/.
 """
+from pathlib import Path
+
 from utils import options as flags
 from utils import recipes
 from utils.runtime import run_main
 
-NAMES = (*flags.DATA, "mask_dir", "head", *flags.TRUNK, *flags.TRAINING, "output_dir", *flags.MACHINE)
+NAMES = (*flags.DATA, "mask_dir", "head", *flags.BACKBONE, *flags.TRAINING, "output_dir", "overwrite", *flags.MACHINE)
 DEFAULTS = {"backbone": "resnet38", "mask_dir": "output/inference", "output_stride": 8}
 INHERITED = (*flags.DATA, "max_size", "crop_size", "precision", "seed")
 
 
-def main(argv=None):
-    parser = flags.Parser(__doc__, NAMES, recipes.DEEPLAB, recipes.DEEPLAB_TRAINING, **DEFAULTS)
+def main(argv: list[str] | None = None) -> int:
+    parser = flags.Parser(__doc__, NAMES, "deeplab", recipes.DEEPLAB_TRAINING, **DEFAULTS)
     args = parser.parse_args(argv)
     parser.settle_head(args.head or parser.flags["head"])
-    from models.weights import check_pretrained
-    from src import segment
+    from src import segment, start
     from src.records import check_classes
-    from src.start import begin, open_split
-    from utils.artifacts import made_of, read_manifest, run_dir
+    from src.training.resume import check_run_dir, resumed
+    from utils.config import BackboneConfig, TrainConfig
+    from utils.store import check_data, made_of, read_manifest, run_dir
     args.mask_dir = args.mask_dir or DEFAULTS["mask_dir"]
-    if args.mask_dir == "gt":
-        flags.resolve(parser, args)
-        manifest = None
-    else:
-        manifest = read_manifest(args.mask_dir, "mask")
-        flags.resolve(parser, args, manifest["options"], args.mask_dir, INHERITED)
-    check_pretrained(args.pretrained, args.backbone, args.width)
+    manifest = None if args.mask_dir == "gt" else read_manifest(args.mask_dir, "mask")
+    flags.resolve(parser, args, manifest and manifest["options"], args.mask_dir, INHERITED)
+    args.pretrained = start.settled_pretrained(args.pretrained, args.backbone)
+    start.check_network(args)
     args.output_dir = args.output_dir or str(run_dir("deeplab", args.backbone))
-    dataset = open_split(args)
+    check_run_dir(args.output_dir, args.resume, args.overwrite)
+    dataset = start.open_split(args)
+    args.split = dataset.split
     if manifest is not None:
         check_classes(dataset, manifest["classes"], args.mask_dir)
+        check_data(dataset, manifest, args.mask_dir)
         dataset = made_of(dataset, args.mask_dir)
     read = segment.mask_reader(dataset, args.mask_dir)
-    device = begin("Step 5", args, dataset)
-    if args.dry_run:
-        return 0
-    best = segment.run_training(dataset, read, vars(args), device)
-    print(f"Wrote {best}")
+    machine = start.machine_of(args)
+    if args.resume:
+        resumed(Path(args.output_dir) / "checkpoint.pth.tar", "deeplab", vars(args))
+    if start.begin("Step 5", args, machine, dataset):
+        plan = segment.DeepLabPlan(BackboneConfig.of(vars(args)), args.pretrained, TrainConfig.of(vars(args)),
+                                   args.head, read)
+        best = segment.run_training(dataset, plan, machine, Path(args.output_dir), vars(args))
+        print(f"Wrote {best}")
     return 0
 
 

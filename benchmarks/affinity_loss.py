@@ -5,21 +5,18 @@
 Crop 448 (a 56x56 grid), 448 channels, radius 5. The gathered pairs of a batch of 8 take 8 to 9 GB. The
 error is the largest difference of the gradients over the largest gradient.
 """
-import argparse
-
 import torch
 
-from benchmarks.measure import Table, extra_mb, timed
-from models.affinitynet import EPS, affinity_loss
+from benchmarks.measure import Parser, Table, extra_mb, timed
+from models.affinitynet import EPS, WEIGHTS, Offset, affinity_loss
 from utils.labels import IGNORE
-from utils.options import FLAGS
 from utils.random_walk import half_disc
 from utils.runtime import run_main
 
 GRID, CHANNELS, RADIUS = 56, 448, 5
 
 
-def case(batch_size):
+def case(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(features, labels) of a batch: regions of background, two classes and ignored cells."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(batch_size, CHANNELS, GRID, GRID, generator=generator)
@@ -28,8 +25,8 @@ def case(batch_size):
     return features, regions.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
 
 
-def gather_loss(features, labels, offsets):
-    """The loss of PSA's published code in form: index_select both ends of all pairs, then one mean a kind."""
+def gather_loss(features: torch.Tensor, labels: torch.Tensor, offsets: list[Offset]) -> torch.Tensor:
+    """The loss in the form of PSA's published code: index_select both ends of all pairs, then one mean a kind."""
     height, width = features.shape[-2:]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     first, second = [], []
@@ -43,16 +40,15 @@ def gather_loss(features, labels, offsets):
     one, other = marks[:, first], marks[:, second]
     valid, same = (one != IGNORE) & (other != IGNORE), one == other
     positive, negative = -torch.log(affinity + EPS), -torch.log(1 + EPS - affinity)
-    return sum(share * (mask * value).sum() / mask.sum().clamp(min=1) for share, mask, value in (
-        (0.25, valid & same & (one == 0), positive), (0.25, valid & same & (one != 0), positive),
-        (0.5, valid & ~same, negative)))
+    kinds = (valid & same & (one == 0), positive), (valid & same & (one != 0), positive), (valid & ~same, negative)
+    return sum(weight * (mask * value).sum() / mask.sum().clamp(min=1)
+               for weight, (mask, value) in zip(WEIGHTS, kinds))
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.affinity_loss", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_size", type=FLAGS["batch_size"].type, default=8, help="images (default: %(default)s)")
-    args = parser.parse_args(argv)
+def main() -> None:
+    parser = Parser("benchmarks.affinity_loss", __doc__)
+    parser.flag("batch_size", 8, "images")
+    args = parser.parse_args()
     features, labels = case(args.batch_size)
     offsets = half_disc(RADIUS)
 

@@ -2,36 +2,34 @@
 
     python -m benchmarks.crf [--data_root data/oxford-iiit-pet] [--count 100] [--presets psa irn ...]
 
-Images of the toy dataset, or of --data_root (images/*.jpg), all scaled to 500x375. Each has two classes: background, and
-one that a rough blob with noise stands for. The form with 21 classes, as published code runs it, has 19 more of low
+Images of the toy dataset, or of --data_root (images/*.jpg), all scaled to 500x375. Each has two classes: background,
+and one that a rough blob with noise stands for. The form with 21 classes, as published code runs it, has 19 more of low
 random scores. One process means one thread.
 
-- crf_pool_*: everything from the image file to the mask, `--workers` processes (pydensecrf) or threads (torch, which the
-  steps have loaded by then) beside one. Seconds include the start of the processes; seconds_started leaves out what the
-  same pool takes for four tiny images. max_error 0: the same pixels.
+- crf_pool_*: everything from the image file to the mask, `--workers` processes (pydensecrf) or threads (torch, which
+  the steps have loaded by then) beside one. Seconds include the start of the processes; seconds_started leaves out what
+  the same pool takes for four tiny images. max_error 0: the same pixels.
 - crf_fields_*: the two CRFs of an affinity label sharing their lattices, beside one after the other.
 - crf_torch_*: torch beside pydensecrf by preset, the CRF alone.  crf_batch: 4 images at once beside one at a time, on a
   GPU where there is one.
 
-Agreement is the share of pixels whose most probable class is the same.
+Agreement is the ratio of pixels whose most probable class is the same.
 """
-import argparse
 import tempfile
-import time
 import zlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measure import Table, extra_mb
+from benchmarks.measure import Parser, Table, extra_mb, timed
 from data.make_toy import make_toy
-from src.masks import in_threads
 from utils.crf import CRF, PRESETS, dense_crf, settle_backend
 from utils.errors import UserError
+from utils.grids import resize_image, resize_maps
 from utils.images import read_image
-from utils.maps import resize_image, resize_maps
 from utils.options import FLAGS
 from utils.parallel import map_parallel
 from utils.runtime import run_main
@@ -39,7 +37,7 @@ from utils.runtime import run_main
 SIZE, ALL, BATCH = (375, 500), 21, 4  # (H, W); VOC's classes, background included; images at once
 
 
-def scene(path, classes=2):
+def scene(path: Path, classes: int = 2) -> tuple[np.ndarray, np.ndarray]:
     """An image (375, 500, 3) and its class probabilities (classes, 375, 500): a blob somewhere near the middle."""
     image = np.ascontiguousarray(resize_image(read_image(path), SIZE))
     rng = np.random.default_rng(list(path.name.encode()))
@@ -51,27 +49,21 @@ def scene(path, classes=2):
     return image, scores / scores.sum(axis=0)
 
 
-def mask(path, crf, classes=2):
+def mask(path: Path, crf: CRF, classes: int = 2) -> tuple[np.ndarray, int]:
     """(the mask of an image file, the checksum of its posterior)."""
     posterior = dense_crf(*scene(path, classes), *crf)
     return posterior.argmax(axis=0).astype(np.uint8), zlib.crc32(posterior.tobytes())
 
 
-def clock(call):
-    started = time.perf_counter()
-    result = call()
-    return time.perf_counter() - started, result
-
-
-def pools(paths, backends, preset, workers):
+def pools(paths: Sequence[Path], backends: Sequence[str], preset: str, workers: int) -> Iterator[dict]:
     """Cases of the project's way, beside one process with the same classes and one with 21."""
     crfs = {name: CRF(PRESETS[preset], name, "cpu") for name in backends}
-    slow, everything = clock(lambda: [mask(path, crfs[backends[0]], ALL) for path in paths])
+    slow, everything = timed(lambda: [mask(path, crfs[backends[0]], ALL) for path in paths], 1)
     for name, crf in crfs.items():
-        reference, expected = clock(lambda: [mask(path, crf) for path in paths])
-        how = workers, "CRF", in_threads(crf)
-        start, _ = clock(lambda: list(map_parallel(partial(_tiny, crf=crf), range(4), *how)))
-        seconds, found = clock(lambda: list(map_parallel(partial(mask, crf=crf), paths, *how)))
+        reference, expected = timed(lambda: [mask(path, crf) for path in paths], 1)
+        how = workers, "CRF", crf.backend == "torch"
+        start, _ = timed(lambda: list(map_parallel(partial(_tiny, crf=crf), range(4), *how)), 1)
+        seconds, found = timed(lambda: list(map_parallel(partial(mask, crf=crf), paths, *how)), 1)
         identical = [one[1] for one in found] == [one[1] for one in expected]
         for beside, other, results in (("one_process", reference, expected), (f"{ALL}_classes", slow, everything)):
             error = 0.0 if identical and results is expected else None
@@ -81,11 +73,11 @@ def pools(paths, backends, preset, workers):
                        ratio_started=round(other / (seconds - start), 1))
 
 
-def _tiny(item, crf):
+def _tiny(item: int, crf: CRF) -> None:
     dense_crf(np.zeros((8, 8, 3), np.uint8), np.full((2, 8, 8), 0.5), *crf)  # as it takes all the imports
 
 
-def beside(case, groups, ours, reference):
+def beside(case: str, groups: Sequence[Sequence[Path]], ours: Callable, reference: Callable) -> dict:
     """A case from the scenes of each group of paths, the two ways timed in turns; each returns a list of posteriors."""
     seconds, reference_seconds, error, same = 0.0, 0.0, 0.0, []
     for paths in groups:
@@ -93,8 +85,8 @@ def beside(case, groups, ours, reference):
         if not same:
             ours(scenes), reference(scenes)  # imports, and what is kept from image to image
             memory, reference_memory = extra_mb(lambda: ours(scenes)), extra_mb(lambda: reference(scenes))
-        lasted, found = clock(lambda: ours(scenes))
-        reference_lasted, expected = clock(lambda: reference(scenes))
+        lasted, found = timed(lambda: ours(scenes), 1)
+        reference_lasted, expected = timed(lambda: reference(scenes), 1)
         seconds, reference_seconds = seconds + lasted, reference_seconds + reference_lasted
         for one, other in zip(found, expected):
             error = max(error, float(abs(one - other).max()))
@@ -104,9 +96,9 @@ def beside(case, groups, ours, reference):
                 lowest_agreement=round(float(np.min(same)), 5), reference_extra_mb=reference_memory)
 
 
-def comparisons(paths, backends, presets):
+def comparisons(paths: Sequence[Path], backends: Sequence[str], presets: Sequence[str]) -> Iterator[dict]:
     """Cases of the CRF alone: fields that share lattices, torch beside pydensecrf, several images at once."""
-    from utils.mean_field import mean_field
+    from utils.crf.mean_field import mean_field
     from utils.options import pick_device
     params, device = PRESETS[presets[0]], str(pick_device("auto"))
 
@@ -136,7 +128,7 @@ def _two(maps):
     return fields / fields.sum(axis=1, keepdims=True)
 
 
-def image_files(root, count):
+def image_files(root: str | Path, count: int) -> list[Path]:
     """The first so many images of a dataset's folder; UserError if it has none."""
     paths = sorted(Path(root).glob("images/*.jpg"))[:count]
     if not paths:
@@ -144,16 +136,14 @@ def image_files(root, count):
     return paths
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.crf", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = Parser("benchmarks.crf", __doc__)
     parser.add_argument("--data_root", help="folder with images/*.jpg (default: toy images, drawn for the run)")
-    parser.add_argument("--count", type=FLAGS["limit"].type, default=100, help="images (default: %(default)s)")
+    parser.flag("count", 100, "images", like="limit")
     parser.add_argument("--presets", nargs="+", choices=tuple(PRESETS), default=tuple(PRESETS),
                         help="compared between the backends; the first is used for the rest (default: all)")
-    parser.add_argument("--workers", type=FLAGS["workers"].type, default=FLAGS["workers"].default,
-                        help="processes of the pool (default: %(default)s)")
-    args = parser.parse_args(argv)
+    parser.flag("workers", FLAGS["workers"].default, "processes of the pool")
+    args = parser.parse_args()
     import torch
     torch.set_num_threads(1)
     backends = ("pydensecrf", "torch") if settle_backend("auto") == "pydensecrf" else ("torch",)

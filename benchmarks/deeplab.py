@@ -12,26 +12,23 @@ the backward pass begins: further down both drift from float64 by as much as fro
 import argparse
 import json
 import resource
-import subprocess
 import sys
 import tempfile
-import time
-from pathlib import Path
+from collections.abc import Callable
 
-from benchmarks.measure import Table
+from benchmarks.measure import Parser, Table, in_process, timed
 from utils.runtime import keep_memory, wait_quietly
 
-ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 20
 
 
-def plain(network):
+def plain(network) -> Callable:
     """The published layout of the seamv1 DeepLab on a ResNet38, with the weights of ours: function images -> logits.
 
-    Dropout is left out, as its draws would differ between the two orders of memory: see `without_dropout`.
+    Dropout is left out, as its draws would differ between the two memory formats: see `without_dropout`.
     """
     from torch.nn import functional as F
-    trunk, head = network.trunk, network.head
+    backbone, head = network.backbone, network.head
 
     def block(module, x):
         activated = F.relu(module.bn_branch2a(x))
@@ -42,11 +39,11 @@ def plain(network):
         return branch + (module.conv_branch1(activated) if hasattr(module, "conv_branch1") else x)
 
     def forward(images):
-        x = trunk.conv1a(images)
-        for name, module in trunk.named_children():
+        x = backbone.conv1a(images)
+        for name, module in backbone.named_children():
             if name.startswith("b") and name != "bn7":
                 x = block(module, x)
-        x = F.relu(trunk.bn7(x))
+        x = F.relu(backbone.bn7(x))
         x = F.relu(head.bn_fov(head.conv_fov(x)))
         x = F.relu(head.bn_fov2(head.conv_fov2(x)))
         x = head.cls_conv(x)
@@ -62,7 +59,7 @@ def without_dropout(network):
     return network
 
 
-def measure(ours, training, crop_size, repeats, out):
+def measure(ours: bool, training: bool, crop_size: int, repeats: int, out: str) -> None:
     """Run one side in this process; writes its outputs to `out` and prints {"seconds", "megabytes"}."""
     if ours:
         wait_quietly()
@@ -70,9 +67,9 @@ def measure(ours, training, crop_size, repeats, out):
     import torch
     from torch.nn import functional as F
 
-    from models.build import build_network
+    from models.backbone import for_inference
     from models.deeplab import segmentation_loss
-    from models.fuse import for_inference
+    from models.weights import build_network
     torch.manual_seed(0)
     network = without_dropout(build_network("deeplab", "resnet38", classes=CLASSES))
     images = torch.randn(1, 3, crop_size, crop_size)
@@ -80,61 +77,52 @@ def measure(ours, training, crop_size, repeats, out):
     if ours:
         order = torch.channels_last
         network, images = network.to(memory_format=order), images.contiguous(memory_format=order)
-    seconds = []
+    network = network.train() if training else network.eval()
+    network = for_inference(network) if ours and not training else network
+    forward = network if ours else plain(network)
     if training:
-        forward = network.train() if ours else plain(network.train())
-        optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
-        for _ in range(repeats):
-            started = time.perf_counter()
-            optimizer.zero_grad(set_to_none=True)
-            logits = forward(images)
-            loss = segmentation_loss(logits, target) if ours else F.cross_entropy(logits, target, ignore_index=255)
-            loss.backward()
-            optimizer.step()
-            seconds.append(time.perf_counter() - started)
-            if len(seconds) == 1:
-                result = [loss.detach(), network.head.cls_conv.weight.grad.clone()]
-    else:
-        network = for_inference(network.eval()) if ours else network.eval()
-        forward = network if ours else plain(network)
-        with torch.inference_mode():
-            for _ in range(repeats):
-                started = time.perf_counter()
-                logits = forward(images)
-                seconds.append(time.perf_counter() - started)
-            if ours:
-                logits = F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=True)
-        result = [logits]
+        # At a rate of 0 every repeat is the first step.
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        logits = forward(images)
+        loss = segmentation_loss(logits, target) if ours else F.cross_entropy(logits, target, ignore_index=255)
+        loss.backward()
+        optimizer.step()
+        return [loss.detach(), network.head.cls_conv.weight.grad]
+
+    with torch.inference_mode(not training):
+        seconds, result = timed(step if training else lambda: [forward(images)], repeats)
+        if ours and not training:
+            result = [F.interpolate(result[0], images.shape[-2:], mode="bilinear", align_corners=True)]
     torch.save([tensor.contiguous() for tensor in result], out)
-    print(json.dumps({"seconds": min(seconds), "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": seconds, "megabytes": peak}))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--crop_size", type=int, default=448, help="side of the image in pixels (default: 448)")
-    parser.add_argument("--repeats", type=int, default=3, help="how often each is run (default: 3)")
+def main() -> int:
+    parser = Parser("benchmarks.deeplab", __doc__)
+    parser.flag("crop_size", 448, "side of the image in pixels")
+    parser.flag("repeats", 3, "how often each is run", like="limit")
     parser.add_argument("--measure", nargs=3, metavar=("SIDE", "WHAT", "OUT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         side, what, out = args.measure
-        return measure(side == "ours", what == "training", args.crop_size, args.repeats, out)
+        measure(side == "ours", what == "training", args.crop_size, args.repeats, out)
+        return 0
     import torch
     table = Table()
     with tempfile.TemporaryDirectory() as folder:
         for what in ("training", "inference"):
-            row = {side: _run(side, what, f"{folder}/{side}.pt", args) for side in ("plain", "ours")}
+            row = {side: in_process("benchmarks.deeplab", "--crop_size", args.crop_size, "--repeats", args.repeats,
+                                    "--measure", side, what, f"{folder}/{side}.pt") for side in ("plain", "ours")}
             one, other = (torch.load(f"{folder}/{side}.pt", weights_only=True) for side in row)
             gaps = [float((a - b).abs().max() / a.abs().max()) for a, b in zip(one, other)]
-            table.add(f"deeplab_{what}_{args.crop_size}", row["ours"]["seconds"], row["plain"]["seconds"], None, max(gaps),
-                      **{f"{side}_peak_mb": round(cell["megabytes"]) for side, cell in row.items()})
+            table.add(f"deeplab_{what}_{args.crop_size}", row["ours"]["seconds"], row["plain"]["seconds"], None,
+                      max(gaps), **{f"{side}_peak_mb": round(cell["megabytes"]) for side, cell in row.items()})
     table.finish()
     return 0
-
-
-def _run(side, what, out, args):
-    command = [sys.executable, "-m", "benchmarks.deeplab", "--crop_size", str(args.crop_size), "--repeats",
-               str(args.repeats), "--measure", side, what, out]
-    return json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
 
 
 if __name__ == "__main__":

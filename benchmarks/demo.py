@@ -10,13 +10,14 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.measure import ROOT
+
 DEMO = Path("output/demo")
 TOY = ["--data_root", "data/toy"]
 # On two cores, processes that read images take more from the network than they give: images this small take 3 ms.
 SMALL = ["--backbone", "resnet18", "--crop_size", "112", "--max_size", "160", "--batch_size", "4", "--workers", "0"]
-# Tuned on the toy training split: small steps of few images learn all classes' marks, and with CutMix none by the
-# others' absence; the walk needs few steps on so small a grid.
+# Tuned on the toy training split: small batches learn the marks of all classes, and CutMix keeps the classifier from
+# inferring one from the absence of the others; the walk needs few steps on so small a grid.
 WALK = ["--model_path", f"{DEMO}/stage2/model_best.pth.tar", "--bg_alpha", "8", "--walk_steps", "64",
         "--crf_preset", "psa"]
 STEPS = [
@@ -31,8 +32,8 @@ STEPS = [
 ]
 
 
-def deeplab_steps(name, mask_dir):
-    """Train and test DeepLab on one kind of masks, both kinds with the same settings."""
+def deeplab_steps(name: str, mask_dir: str) -> list[tuple[str, list[str]]]:
+    """Train and test DeepLab on the masks of a folder, or on ground truth ("gt"), with the same settings."""
     train = ["train_deeplab.py", *TOY, *SMALL, "--mask_dir", mask_dir, "--epochs", "6", "--lr", "0.004",
              "--weight_decay", "0.0001", "--output_stride", "16", "--pretrained", f"{DEMO}/stage1/model_best.pth.tar",
              "--output_dir", f"{DEMO}/{name}"]
@@ -41,16 +42,16 @@ def deeplab_steps(name, mask_dir):
     return [(f"{name} training", train), (f"{name} test", test)]
 
 
-def precision():
+def precision() -> str:
     """bf16 on CPUs with matrix units for it, where it is several times faster; fp32 elsewhere, where it is slower."""
     flags = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
     return "bf16" if "amx_bf16" in flags else "fp32"
 
 
-def run(command):
-    """Run one step from the project's folder; its words go to the screen.  Returns the seconds it took."""
+def run(command: list[str]) -> float:
+    """Run one step in the project's folder; its output goes to the screen.  Returns the seconds it took."""
     if command[0].endswith(".py"):
-        command = [*command, "--precision", precision()]
+        command = [*command, "--precision", precision(), "--overwrite"]  # of an earlier demo
     print(f"\n$ python {' '.join(command)}", flush=True)
     started = time.time()
     code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
@@ -59,13 +60,13 @@ def run(command):
     return time.time() - started
 
 
-def scores(folder, stage):
+def scores(folder: str, stage: str) -> dict[str, float]:
     """The scores of one stage at the fixed threshold."""
     table = json.loads((ROOT / DEMO / folder / "scores.json").read_text())["scores"]
     return {name: round(table[stage]["fixed"][name], 4) for name in ("miou", "fg_iou", "image_fg_iou")}
 
 
-def main():
+def main() -> None:
     seconds = {name: round(run(command), 1) for name, command in
                [*STEPS, *deeplab_steps("deeplab", f"{DEMO}/inference"), *deeplab_steps("deeplab_full", "gt")]}
     results = {stage: scores("eval", stage) for stage in ("seed", "walk", "mask")}
@@ -77,7 +78,7 @@ def main():
     print_table(results)
 
 
-def print_table(results):
+def print_table(results: dict) -> None:
     split = {"seed": "train", "walk": "train", "mask": "train", "deeplab": "test", "deeplab_full": "test"}
     print(f"\n{'stage':<14}{'split':<7}{'mIoU':>7}{'fg IoU':>8}")
     for stage, name in split.items():

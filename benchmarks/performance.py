@@ -5,7 +5,6 @@
 Each benchmark runs as its own process and prints its table; its JSON lines become rows of the document. --only replaces
 nothing: it prints, and leaves the document as it is. --data_root gives the benchmarks that take photos real ones.
 """
-import argparse
 import json
 import os
 import platform
@@ -14,20 +13,21 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.artifacts import atomic_path
+from benchmarks.measure import ROOT, Parser
+from utils.files import atomic_path
 from utils.log import environment
 from utils.runtime import run_main
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "performance.md"
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """title: what is measured, against what.  target: the project's own.  flags: of the run.  photos: takes --data_root."""
+    """title: what is measured, against what.  target: the project's own.  flags: of the run.  photos: whether it takes
+    --data_root."""
     title: str
     target: str
-    flags: tuple = ()
+    flags: tuple[str, ...] = ()
     photos: bool = False
 
 
@@ -40,27 +40,27 @@ BENCHMARKS = {
     "crf": Benchmark("Dense CRF of 100 photos: several processes, few classes, the torch backend",
                      "1.8 times one process, with its pixels; 6 times 21 classes in one process",
                      ("--presets", "psa"), photos=True),
-    "cam": Benchmark("CAMs, four scales and mirror images, ResNet-50, against one image and scale at a time",
+    "cam": Benchmark("CAMs, four scales and horizontal flips, ResNet-50, against one image and scale at a time",
                      "1.5 times, under 3 GB for any image", photos=True),
     "scoring": Benchmark("Scoring masks, and 100 thresholds, against a numpy pass for each class (and threshold)",
                          "20 times for the sweep of 1,449 masks"),
     "deeplab": Benchmark("DeepLabV1-ResNet38, one step and one inference at 448, against a plain network", "1.3 times"),
-    "train_throughput": Benchmark("A training step of DeepLabV1-ResNet38 at its published size, against a plain float32 loop",
-                                  "on two CPU cores 1.5 times in bf16",
-                                  ("--stages", "deeplab", "--variants", "plain", "fp32", "bf16")),
+    "train_throughput": Benchmark(
+        "A training step of DeepLabV1-ResNet38 at its published size, against a plain float32 loop",
+        "on two CPU cores 1.5 times in bf16", ("--stages", "deeplab", "--variants", "plain", "fp32", "bf16")),
     "loader": Benchmark("Reading and varying training images, and the memory of 82,081 items in a worker",
                         "not the limit of a training"),
 }
 
 
-def command_of(name, data_root=None):
+def command_of(name: str, data_root: str | None = None) -> list[str]:
     """The command line of a benchmark, as a user types it."""
     photos = ["--data_root", data_root] if data_root and BENCHMARKS[name].photos else []
     return ["python", "-m", f"benchmarks.{name}", *BENCHMARKS[name].flags, *photos]
 
 
-def run(name, data_root):
-    """Run one benchmark, its words to the screen; returns its rows."""
+def run(name: str, data_root: str | None) -> list[dict]:
+    """Run one benchmark, its output to the screen; returns its rows."""
     command = command_of(name, data_root)
     print(f"\n$ {' '.join(command)}", flush=True)
     lines = []
@@ -73,27 +73,25 @@ def run(name, data_root):
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
-def processor():
+def processor() -> str:
     """The processor's name and the cores this process may use."""
-    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{names[0] if names else platform.processor() or 'unknown processor'}, {cores} cores"
 
 
-def _cpuinfo():
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
-
-
-def document(rows, photos):
+def document(rows: dict[str, list[dict]], photos: bool) -> str:
     """The text of docs/performance.md.  rows: {benchmark: [row]}.  photos: whether they were real ones."""
     facts = environment()
     parts = [
         "# Performance", "",
-        "Written by `make bench` (`python -m benchmarks.performance`): ours beside a plain reference, in the same run. Ratio: the",
-        "reference's seconds over ours. Extra MB: by which ours raised the peak of resident memory. Error: the largest difference of",
-        "the results, as each benchmark's docstring says.", "",
-        f"{processor()}; torch {facts['torch']}; commit {(facts['git_commit'] or 'none')[:10]}. Photos: {'of DATA' if photos else 'toy images'}.", ""]
+        "Written by `make bench` (`python -m benchmarks.performance`): ours beside a plain reference, in the same run.",
+        "Ratio: the reference's seconds over ours. Extra MB: by which ours raised the peak of resident memory. Error:",
+        "the largest difference of the results, as each benchmark's docstring says.", "",
+        f"{processor()}; torch {facts['torch']}; commit {(facts['git_commit'] or 'none')[:10]}. "
+        f"Photos: {'of DATA' if photos else 'toy images'}.", ""]
     for name, found in rows.items():
         parts += [f"## {BENCHMARKS[name].title}", "",
                   f"`{' '.join(command_of(name, 'DATA' if photos else None))}`; target: {BENCHMARKS[name].target}.", "",
@@ -102,26 +100,24 @@ def document(rows, photos):
     return "\n".join(parts)
 
 
-def _line(row):
+def _line(row: dict) -> str:
     known = ("case", "seconds", "reference_seconds", "ratio", "extra_mb", "max_error")
     more = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in row.items() if name not in known)
     shown = ["" if row.get(name) is None else f"{row[name]:,.4g}" for name in known[1:]]
     return f"| {row['case']} | " + " | ".join(shown) + f" | {more} |"
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.performance", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = Parser("benchmarks.performance", __doc__)
     parser.add_argument("--only", nargs="+", choices=tuple(BENCHMARKS), help="just these, and no document")
     parser.add_argument("--data_root", help="a folder of photos in Pet's layout (default: toy sets)")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     data_root = str(Path(args.data_root).resolve()) if args.data_root else None
     rows = {name: run(name, data_root) for name in args.only or BENCHMARKS}
     if not args.only:
         with atomic_path(DOCUMENT) as temporary:
             temporary.write_text(document(rows, bool(data_root)), encoding="utf-8")
         print(f"\nWrote {DOCUMENT.relative_to(ROOT)}")
-    return 0
 
 
 if __name__ == "__main__":

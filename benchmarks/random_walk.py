@@ -5,20 +5,18 @@
 T^256, radius 5, three maps; affinities of random smooth features. At 94x125 the dense matrix takes 0.55 GB and the
 reference minutes. A case each at the default eps, at 1e-5, and exact (eps 0).
 """
-import argparse
-
 import torch
 from torch.nn import functional as F
 
-from benchmarks.measure import Table, extra_mb, timed
-from models.affinitynet import affinity_stencil
+from benchmarks.measure import Parser, Table, extra_mb, timed
+from models.affinitynet import Offset, affinity_stencil
 from utils.random_walk import half_disc, random_walk, transition
 from utils.runtime import run_main
 
 STEPS, BETA, RADIUS, MAPS = 256, 8.0, 5, 3
 
 
-def case(height, width):
+def case(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor, list[Offset]]:
     """(scores, stencil, offsets) on a grid of stride-8 or stride-4 cells of a photo."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(1, 32, height // 6 + 2, width // 6 + 2, generator=generator)
@@ -28,7 +26,7 @@ def case(height, width):
     return scores / scores.sum(dim=0), affinity_stencil(features, offsets), offsets
 
 
-def dense_walk(scores, stencil, offsets):
+def dense_walk(scores: torch.Tensor, stencil: torch.Tensor, offsets: list[Offset]) -> torch.Tensor:
     """T^256 by squaring the dense matrix eight times, as published code does."""
     matrix = transition(stencil, offsets, BETA).to_dense()
     for _ in range(STEPS.bit_length() - 1):
@@ -36,12 +34,11 @@ def dense_walk(scores, stencil, offsets):
     return (matrix @ scores.flatten(1).T).T.reshape(scores.shape)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.random_walk", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = Parser("benchmarks.random_walk", __doc__)
     parser.add_argument("--grids", nargs="+", default=["47x63", "94x125"], metavar="HxW",
                         help="grids in cells (default: 47x63 94x125)")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     table = Table()
     for grid in args.grids:
         scores, stencil, offsets = case(*map(int, grid.split("x")))

@@ -4,35 +4,32 @@
 
 `scoring_*`: synthetic masks, written to a temporary folder, go through run_eval.py --mask_dir as a user's would: read,
 counted, tabled, plotted; its largest process's memory. The plain way, in this process: every class compared with every
-mask. `sweep_voc`: score maps at 100 thresholds to confusion matrices, their scores and the best of them, in this process;
-the plain way: one numpy pass for each threshold and class. The plain ways are timed on a few of the masks and scaled to
-all; the error is the largest difference of their counts on these.
+mask. `sweep_voc`: score maps at 100 thresholds to confusion matrices, their scores and the best of them, in this
+process; the plain way: one numpy pass for each threshold and class. The plain ways are timed on a few of the masks and
+scaled to all; the error is the largest difference of their counts on these.
 """
-import argparse
 import os
 import resource
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.measure import Table, extra_mb
-from utils.labels import IGNORE
+from benchmarks.measure import ROOT, Parser, Table, extra_mb, timed
+from utils.labels import IGNORE, read_mask, save_mask
 from utils.metrics import SweepHistogram, confusion
 from utils.options import FLAGS
-from utils.visualize import read_mask, save_mask
 
-ROOT = Path(__file__).resolve().parents[1]
 CASES = {"voc": (1449, (375, 500), 20), "coco": (5000, (480, 640), 80)}  # masks, (H, W), classes
 DISTINCT = 40  # pictures that differ; the rest are links to them
 THRESHOLDS, PLAIN_SWEEPS = 100, 2
 
 
-def blobs(rng, size, classes, border):
+def blobs(rng: np.random.Generator, size: tuple[int, int], classes: int, border: bool) -> np.ndarray:
     """A mask of irregular regions of three classes and background, uint8; with `border`, 5 % of it ignored."""
     shown = np.concatenate([[0, 0], rng.choice(classes, 3, replace=False) + 1])
     grid = rng.choice(shown, (12, 16)).astype(np.uint8)
@@ -42,7 +39,7 @@ def blobs(rng, size, classes, border):
     return mask
 
 
-def make(root, count, size, classes):
+def make(root: Path, count: int, size: tuple[int, int], classes: int) -> None:
     """A dataset of --dataset folder with ground truth, and predictions in <root>/predicted."""
     rng = np.random.default_rng(0)
     for folder in ("images", "masks", "predicted"):
@@ -61,94 +58,85 @@ def make(root, count, size, classes):
     (root / "labels.csv").write_text("".join(f"{number:05d},{names[number % classes]}\n" for number in range(count)))
 
 
-def plain_count(prediction, truth, classes):
-    """Hits, predicted and true pixels of every class, one class after the other, as published code counts them."""
+def plain_count(prediction: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
+    """(C, 3): hits, predicted and true pixels of every class, one class after the other, as published code counts."""
     kept = truth != IGNORE
-    return [((prediction == k) & (truth == k) & kept, (prediction == k) & kept, (truth == k) & kept)
-            for k in range(classes)]
+    return np.array([[mask.sum() for mask in ((prediction == k) & (truth == k) & kept, (prediction == k) & kept,
+                                              (truth == k) & kept)] for k in range(classes)])
 
 
-def counts_of(matrix):
+def counts_of(matrix: np.ndarray) -> np.ndarray:
     """(C, 3): hits, predicted and true pixels of every class."""
     return np.stack([matrix.diagonal(), matrix.sum(axis=0), matrix.sum(axis=1)], axis=1)
 
 
-def plain(root, classes):
+def plain(root: Path, classes: int) -> tuple[float, int]:
     """Seconds a mask of the plain count on the distinct masks, and the largest difference from our counts."""
-    started, error, elsewhere = time.perf_counter(), 0, 0.0
-    for number in range(DISTINCT):
-        prediction, truth = (read_mask(root / folder / f"{number:05d}.png") for folder in ("predicted", "masks"))
-        counts = np.array([[one.sum() for one in row] for row in plain_count(prediction, truth, classes + 1)])
-        pause = time.perf_counter()
-        error = max(error, abs(counts - counts_of(confusion(prediction, truth, classes + 1))).max())
-        elsewhere += time.perf_counter() - pause
-    return (time.perf_counter() - started - elsewhere) / DISTINCT, error
+    def read(number):
+        return [read_mask(root / folder / f"{number:05d}.png") for folder in ("predicted", "masks")]
+    seconds, counts = timed(lambda: [plain_count(*read(i), classes + 1) for i in range(DISTINCT)], 1)
+    ours = [counts_of(confusion(*read(i), classes + 1)) for i in range(DISTINCT)]
+    return seconds / DISTINCT, max(abs(one - other).max() for one, other in zip(counts, ours))
 
 
-def measure(table, name, workers):
+def measure(table: Table, name: str, workers: int) -> None:
     count, size, classes = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make(root, count, size, classes)
-        started = time.perf_counter()
-        subprocess.run([sys.executable, str(ROOT / "run_eval.py"), "--dataset", "folder", "--data_root", str(root),
-                        "--mask_dir", str(root / "predicted"), "--output_dir", str(root / "eval"), "--device", "cpu",
-                        "--workers", str(workers)], check=True, cwd=folder, stdout=subprocess.DEVNULL,
-                       stderr=subprocess.DEVNULL)
-        seconds = time.perf_counter() - started
+        command = [sys.executable, ROOT / "run_eval.py", "--dataset", "folder", "--data_root", root, "--mask_dir",
+                   root / "predicted", "--output_dir", root / "eval", "--device", "cpu", "--workers", str(workers)]
+        seconds, _ = timed(lambda: subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL,
+                                                  stderr=subprocess.DEVNULL), 1)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         reference, error = plain(root, classes)
     table.add(f"scoring_{name}", seconds, reference * count, round(peak), error, masks=count,
               ms_a_mask=round(1000 * seconds / count, 2))
 
 
-def score_maps(count, size, classes):
-    """(share, best foreground class, truth) of so many images: truth, blurred and noisy, as a network would see it."""
+def score_maps(count: int, size: tuple[int, int], classes: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """(foreground probability, best foreground class, truth) of so many images: noisy truth, as a network would see it.
+    """
     rng = np.random.default_rng(1)
     for _ in range(count):
         truth = blobs(rng, size, classes, border=True)
-        share = np.clip((truth > 0) * 0.4 + 0.3 + rng.normal(0, 0.2, size), 0, 1).astype(np.float32)
-        yield share, np.maximum(blobs(rng, size, classes, border=False), 1), truth
+        probability = np.clip((truth > 0) * 0.4 + 0.3 + rng.normal(0, 0.2, size), 0, 1).astype(np.float32)
+        yield probability, np.maximum(blobs(rng, size, classes, border=False), 1), truth
 
 
-def plain_sweep(share, foreground, truth, thresholds, classes):
+def plain_sweep(probability: np.ndarray, foreground: np.ndarray, truth: np.ndarray, thresholds: np.ndarray,
+                classes: int) -> np.ndarray:
     """(T, C, 3) counts, one pass for each threshold and class."""
-    return np.array([[[one.sum() for one in row]
-                      for row in plain_count(np.where(share >= threshold, foreground, 0), truth, classes)]
+    return np.array([plain_count(np.where(probability >= threshold, foreground, 0), truth, classes)
                      for threshold in thresholds])
 
 
-def measure_sweep(table):
+def measure_sweep(table: Table) -> None:
     count, size, classes = CASES["voc"]
     images, classes = list(score_maps(DISTINCT, size, classes)), classes + 1
 
-    def sweep():
+    def sweep(count):
         histogram = SweepHistogram(classes, THRESHOLDS)
         for number in range(count):
             histogram.update(*images[number % DISTINCT])
         return histogram, histogram.oracle()
 
-    started = time.perf_counter()
-    histogram, _ = sweep()
-    seconds = time.perf_counter() - started
-    memory = extra_mb(sweep)
-    started = time.perf_counter()
-    plain_counts = sum(plain_sweep(*image, histogram.thresholds(), classes) for image in images[:PLAIN_SWEEPS])
-    reference = (time.perf_counter() - started) / PLAIN_SWEEPS
-    few = SweepHistogram(classes, THRESHOLDS)
-    for image in images[:PLAIN_SWEEPS]:
-        few.update(*image)
-    error = max(abs(plain_one - counts_of(matrix)).max() for plain_one, matrix in zip(plain_counts, few.confusions()))
-    table.add("sweep_voc", seconds, reference * count, memory, error, masks=count, thresholds=THRESHOLDS)
+    def plain_counts():
+        return sum(plain_sweep(*image, few.thresholds(), classes) for image in images[:PLAIN_SWEEPS])
+
+    few, _ = sweep(PLAIN_SWEEPS)
+    seconds, _ = timed(lambda: sweep(count), 1)
+    memory = extra_mb(lambda: sweep(count))
+    reference, expected = timed(plain_counts, 1)
+    error = max(abs(plain_one - counts_of(matrix)).max() for plain_one, matrix in zip(expected, few.confusions()))
+    table.add("sweep_voc", seconds, reference / PLAIN_SWEEPS * count, memory, error, masks=count, thresholds=THRESHOLDS)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scoring", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = Parser("benchmarks.scoring", __doc__)
     parser.add_argument("--case", choices=(*CASES, "sweep"), nargs="+", default=(*CASES, "sweep"), help="default: all")
-    parser.add_argument("--workers", type=FLAGS["workers"].type, default=FLAGS["workers"].default,
-                        help="processes of run_eval.py (default: %(default)s)")
-    args = parser.parse_args(argv)
+    parser.flag("workers", FLAGS["workers"].default, "processes of run_eval.py")
+    args = parser.parse_args()
     table = Table()
     for name in args.case:
         measure_sweep(table) if name == "sweep" else measure(table, name, args.workers)

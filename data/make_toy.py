@@ -116,7 +116,8 @@ def _swap_in(root, options):
         new.rename(root)
 
 
-def make_toy(root, train=240, test=80, classes=4, size=112, seed=0):
+def make_toy(root: str | Path, train: int = 240, test: int = 80, classes: int = 4, size: int = 112, seed: int = 0
+             ) -> None:
     """Write the toy dataset to folder `root`; the same arguments give the same bytes.
 
     train, test: images per split, classes in turn.  classes: 2 to 6.  size: mean side in pixels, 32 or more.
@@ -149,7 +150,7 @@ def _parser():
     return parser
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
     try:

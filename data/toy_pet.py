@@ -42,7 +42,7 @@ INKS = {"ring": (191, 10, 146), "cross": (8, 0, 0), "spots": (10, 204, 204), "st
         "half": (8, 153, 68), "wedge": (5, 45, 102)}
 
 
-def pattern_ink(pattern, u, v):
+def pattern_ink(pattern: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Where the pattern inks the unit disc. u, v: float arrays of one shape. Returns bool of that shape."""
     return (u * u + v * v < 1) & PATTERNS[pattern](u, v)
 
@@ -162,12 +162,12 @@ def _unit_area(parts, matrix, pixels=48):
 
 
 def _place(rng, parts, width, height):
-    """Turn, flip, scale to a random share of the image and move anywhere; the frame may cut a little off."""
+    """Turn, flip, scale to a random part of the image and move anywhere; the frame may cut a little off."""
     flip = -1.0 if rng.random() < 0.5 else 1.0
     matrix = np.diag([flip, 1.0]) @ _rotate(np.eye(2), rng.uniform(-0.25, 0.25))
-    share, frame = rng.uniform(0.28, 0.55), np.array([width, height])
+    ratio, frame = rng.uniform(0.28, 0.55), np.array([width, height])
     low, high = _bounds(parts, matrix)
-    scale = math.sqrt(share * width * height / _unit_area(parts, matrix))
+    scale = math.sqrt(ratio * width * height / _unit_area(parts, matrix))
     scale = min(scale, *(1.05 * frame / (high - low)))
     slack = np.stack([-0.02 * frame, 1.02 * frame - scale * (high - low)])
     corner = rng.uniform(slack.min(0), slack.max(0))
@@ -309,7 +309,7 @@ def _trimap(alpha):
     return np.where(shrunk > 0, PET, np.where(grown > 0, BORDER, BACKGROUND)).astype(np.uint8)
 
 
-def draw_pet(rng, pattern, size):
+def draw_pet(rng: np.random.Generator, pattern: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """One image and its trimap. The pattern moves the ink in the disc on the head and changes nothing else.
 
     rng: numpy Generator.  pattern: a key of PATTERNS.  size: mean side in pixels.

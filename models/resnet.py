@@ -1,6 +1,14 @@
-"""ResNet-18/34/50/101 as a dilated trunk with named feature maps, built from torchvision's blocks and names."""
+"""ResNet-18/34/50/101 as a dilated backbone with named feature maps, built from torchvision's blocks and names."""
+import pickle
+from collections.abc import Iterator
+
+import torch
 import torchvision
 from torch import nn
+from torch.hub import load_state_dict_from_url
+
+from utils.errors import UserError
+from utils.transforms import IMAGENET
 
 DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
@@ -14,8 +22,9 @@ class ResNet(nn.Module):
     Parameter names are torchvision's, so that its checkpoints load as they are.
     """
     stages = ("layer2", "layer3", "layer4")
+    normalise = IMAGENET
 
-    def __init__(self, name, output_stride=16, dilated=True):
+    def __init__(self, name: str, output_stride: int = 16, dilated: bool = True):
         super().__init__()
         if name not in DEPTHS:
             raise ValueError(f"unknown ResNet {name!r}; choose from {', '.join(DEPTHS)}")
@@ -30,7 +39,7 @@ class ResNet(nn.Module):
         self.stride = output_stride
         self.channels = {stage: _out_channels(getattr(self, stage)) for stage in self.stages}
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """x: (B, 3, H, W) normalised RGB.  Returns {"layer2": stride 8, "layer3", "layer4": at most `stride`}."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer1(x)
@@ -40,12 +49,33 @@ class ResNet(nn.Module):
             maps[stage] = x
         return maps
 
-    def blocks(self):
+    def blocks(self) -> list[list[nn.Module]]:
         """Modules in order of depth, for freezing the first n."""
         return [[self.conv1, self.bn1], [self.layer1], [self.layer2], [self.layer3], [self.layer4]]
 
+    def pairs(self) -> Iterator[tuple[nn.Module, str, str]]:
+        """See `models.backbone.Backbone.pairs`: every batch normalisation of a ResNet follows a convolution."""
+        yield self, "conv1", "bn1"
+        for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
+            yield from ((block, f"conv{i}", f"bn{i}") for i in (1, 2, 3) if hasattr(block, f"conv{i}"))
+            if block.downsample is not None:
+                yield block.downsample, "0", "1"
 
-def unstride(layer, first, rest):
+
+def imagenet_weights(name: str) -> tuple[str, dict[str, torch.Tensor]]:
+    """(address, state dict) of torchvision's first ImageNet weights, downloaded or found in its cache.
+
+    Raises UserError, with what to do instead, if they cannot be had.
+    """
+    url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+    try:
+        return url, load_state_dict_from_url(url, progress=True, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"cannot download the ImageNet weights of {name} ({error}); fetch {url} elsewhere and pass "
+                        "--pretrained PATH, or pass --pretrained none") from None
+
+
+def unstride(layer: nn.Sequential, first: int, rest: int) -> None:
     """Take the stride out of a ResNet layer: its first block's 3x3 gets dilation `first`, the others `rest`.
 
     The first block sees the undilated grid of the layer before, so it keeps that layer's dilation (as in torchvision's
@@ -61,5 +91,5 @@ def unstride(layer, first, rest):
                 module.dilation = module.padding = (dilation, dilation)
 
 
-def _out_channels(layer):
+def _out_channels(layer: nn.Sequential) -> int:
     return [module for module in layer[-1].modules() if isinstance(module, nn.Conv2d)][-1].out_channels

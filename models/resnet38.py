@@ -1,6 +1,11 @@
-"""Wide-ResNet38 as a dilated trunk: model A1 of Wu et al. (2016) at output stride 8, as in PSA (Ahn & Kwak 2018)."""
+"""Wide-ResNet38 as a dilated backbone: model A1 of Wu et al. (2016) at output stride 8, as in PSA (Ahn & Kwak 2018)."""
+from collections.abc import Iterator, Sequence
+
+import torch
 from torch import nn
 from torch.nn import functional as F
+
+from utils.transforms import IMAGENET
 
 # PSA's names and sizes: name of the stage's first block, blocks, channels between the two convolutions, channels out,
 # stride of the first block, dilation of the first block's first 3x3, dilation of every other 3x3.
@@ -14,7 +19,7 @@ STEM_CHANNELS = 64
 BOTTLENECK_DILATION = 4
 
 
-def scale_channels(channels, width):
+def scale_channels(channels: int, width: float) -> int:
     """`channels` times `width`, rounded to a multiple of 8, at least 8."""
     return max(8, 8 * round(channels * width / 8))
 
@@ -26,11 +31,11 @@ class PreActivationBlock(nn.Module):
     the channel counts, which can coincide at small widths, where the names must not move.
     """
 
-    def activate(self, x):
+    def activate(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W).  Returns relu(bn(x)), which two of the blocks also hand out as a named feature map."""
         return F.relu(self.bn_branch2a(x), inplace=True)
 
-    def forward(self, x, activated=None):
+    def forward(self, x: torch.Tensor, activated: torch.Tensor | None = None) -> torch.Tensor:
         """x: (B, C, H, W); activated: `activate(x)` where the caller has it already.  Returns (B, C', H', W')."""
         activated = self.activate(x) if activated is None else activated
         shortcut = self.conv_branch1(activated) if hasattr(self, "conv_branch1") else x
@@ -40,7 +45,7 @@ class PreActivationBlock(nn.Module):
 class BasicBlock(PreActivationBlock):
     """Two 3x3 convolutions.  project: whether the shortcut is a 1x1 convolution."""
 
-    def __init__(self, inputs, mid, outputs, stride, dilations, project):
+    def __init__(self, inputs: int, mid: int, outputs: int, stride: int, dilations: tuple[int, int], project: bool):
         super().__init__()
         first, second = dilations
         self.bn_branch2a = nn.BatchNorm2d(inputs)
@@ -50,7 +55,7 @@ class BasicBlock(PreActivationBlock):
         if project:
             self.conv_branch1 = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
-    def branch(self, x):
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.bn_branch2b1(self.conv_branch2a(x)), inplace=True)
         return self.conv_branch2b1(x)
 
@@ -58,7 +63,7 @@ class BasicBlock(PreActivationBlock):
 class BottleneckBlock(PreActivationBlock):
     """1x1, dilated 3x3, 1x1, with whole channels dropped before the last two.  mids: channels after the first two."""
 
-    def __init__(self, inputs, mids, outputs, dilation, dropout):
+    def __init__(self, inputs: int, mids: Sequence[int], outputs: int, dilation: int, dropout: float):
         super().__init__()
         narrow, middle = mids
         self.bn_branch2a = nn.BatchNorm2d(inputs)
@@ -71,7 +76,7 @@ class BottleneckBlock(PreActivationBlock):
         self.conv_branch2b2 = nn.Conv2d(middle, outputs, 1, bias=False)
         self.conv_branch1 = nn.Conv2d(inputs, outputs, 1, bias=False)
 
-    def branch(self, x):
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.bn_branch2b1(self.conv_branch2a(x)), inplace=True)
         x = self.conv_branch2b1(self.dropout_2b1(x))
         x = F.relu(self.bn_branch2b2(x), inplace=True)
@@ -88,8 +93,9 @@ class ResNet38(nn.Module):
     """
     stages = ("conv4", "conv5", "conv6")
     stride = 8
+    normalise = IMAGENET
 
-    def __init__(self, width=1.0):
+    def __init__(self, width: float = 1.0):
         super().__init__()
         if not width > 0:
             raise ValueError(f"width must be positive, not {width}; 1.0 is the published network")
@@ -125,7 +131,7 @@ class ResNet38(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """x: (B, 3, H, W) normalised RGB.
 
         Returns {"conv4", "conv5", "conv6"}, each (B, channels, ceil(H / 8), ceil(W / 8)) and >= 0: the activated
@@ -140,6 +146,14 @@ class ResNet38(nn.Module):
         x = self.b7(self.b6(x, conv5))
         return {"conv4": conv4, "conv5": conv5, "conv6": F.relu(self.bn7(x), inplace=True)}
 
-    def blocks(self):
+    def blocks(self) -> list[list[nn.Module]]:
         """Modules in order of depth, for freezing the first n: seven lists, conv1a to b7 with bn7."""
         return [[getattr(self, name) for name in group] for group in self._groups]
+
+    def pairs(self) -> Iterator[tuple[nn.Module, str, str]]:
+        """See `models.backbone.Backbone.pairs`: the first normalisation of a block, and bn7, follow a sum instead."""
+        for block in self.modules():
+            if isinstance(block, PreActivationBlock):
+                yield block, "conv_branch2a", "bn_branch2b1"
+            if isinstance(block, BottleneckBlock):
+                yield block, "conv_branch2b1", "bn_branch2b2"

@@ -1,25 +1,60 @@
-"""Masks against ground truth: tables, threshold sweeps, plots, pictures of a fixed sample and of the worst images."""
+"""Step 4: masks against ground truth: tables, threshold sweeps, plots, pictures of a fixed sample and of the worst."""
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from src.inference import make_scores, split_cams
-from src.masks import chosen_crf, decide, full_size
-from src.scoring import BOX, Stage, score_split
+from src.inference import SplitScores
+from src.masks import MaskConfig, decide, full_size
+from src.scoring import BOX, Stage, Tally, score_split
 from utils import distributed
-from utils.artifacts import MANIFEST, made_of, read_json, write_json
+from utils.datasets.base import Dataset
 from utils.errors import UserError
-from utils.maps import foreground_share
+from utils.files import read_json, write_json
+from utils.labels import IGNORE, read_mask
+from utils.maps import foreground_probability
 from utils.metrics import scores
-from utils.visualize import heatmap, overlay, overlay_mask, panel, plot_bars, plot_curves, read_mask
+from utils.store import MANIFEST, made_of
+from utils.visualize import heatmap, overlay, overlay_mask, panel, plot_bars, plot_curves
+
+Table = dict[str, dict[str, dict]]  # stage -> "fixed" or "oracle" -> scores
 
 
-def report(dataset, tallies, options, folder):
-    """Print the table; write scores.json, the threshold curves and the per-class bars to `folder`.
+def evaluate(dataset: Dataset, stages: Sequence[Stage], how: MaskConfig, workers: int, out: Path,
+             options: Mapping[str, object]) -> Table | None:
+    """Score, report and picture a split; everything lands in `out`.  options: for the record.  The table, in rank 0."""
+    for stage in stages:
+        dataset = made_of(dataset, stage.folder)
+    tallies = score_split(dataset, stages, how, workers)
+    if not distributed.is_main():
+        return None
+    table = report(dataset, tallies, options, out)
+    save_panels(dataset, stages, tallies, how, out)
+    print(f"Wrote scores.json, plots and panels to {out}")
+    return table
 
-    Returns {stage: {"fixed": ..., "oracle": ...}}.
-    """
-    folder = Path(folder)
+
+def stages_of(scores: SplitScores, crf: bool) -> list[Stage]:
+    """Seed, walk and mask of a stage-2 checkpoint, the seed alone of a stage-1 one."""
+    stages = [Stage("seed", "cam", scores.cams.path, bg_alpha=scores.pipeline.walk_config.bg_alpha)]
+    if scores.walks is not None:
+        stages += [Stage("walk", "scores", scores.walks.path)]
+        stages += [Stage("mask", "scores", scores.walks.path, crf=True)] * crf
+    return stages
+
+
+def mask_manifest(folder: str | Path) -> dict | None:
+    """The manifest of a folder of masks, None for masks made elsewhere; UserError if there is no such folder."""
+    path = Path(folder) / MANIFEST
+    if not Path(folder).is_dir():
+        raise UserError(f"no folder {folder}; pass a folder of masks with --mask_dir")
+    return read_json(path, "delete it") if path.is_file() else None
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+def report(dataset: Dataset, tallies: Mapping[str, Tally], options: Mapping[str, object], folder: Path) -> Table:
+    """Print the table; write scores.json, the threshold curves and the per-class bars to `folder`."""
     table = {name: {"fixed": tally.fixed_scores()} for name, tally in tallies.items()}
     for name, tally in tallies.items():
         if tally.sweep.counts.any():
@@ -30,13 +65,13 @@ def report(dataset, tallies, options, folder):
               for image_id in dataset.ids}
     write_json(folder / "scores.json", {
         "dataset": dataset.name, "data_root": str(dataset.root), "split": dataset.split, "images": len(dataset),
-        "labels": options["labels"], "classes": list(dataset.classes), "options": options, "scores": _plain(table),
-        "image_fg_iou": images})
+        "labels": options["labels"], "classes": list(dataset.classes), "options": dict(options),
+        "scores": _plain(table), "image_fg_iou": images})
     _plots(dataset, tallies, table, folder)
     return table
 
 
-def _print_table(table, dataset, options):
+def _print_table(table: Table, dataset: Dataset, options: Mapping[str, object]) -> None:
     print(f"{dataset.name} {dataset.split}, {len(dataset)} images, {len(dataset.classes)} classes + background, "
           f"labels: {options['labels']}")
     print(f"{'':<14}{'':<10}{'threshold':>9}{'mIoU':>9}{'fg IoU':>9}{'per image':>11}")
@@ -52,86 +87,56 @@ def _print_table(table, dataset, options):
                                                 for name, iou in per_class))
 
 
-def _plots(dataset, tallies, table, folder):
+def _plots(dataset: Dataset, tallies: Mapping[str, Tally], table: Table, folder: Path) -> None:
     swept = {name: tally for name, tally in tallies.items() if "oracle" in table[name]}
     if swept:
         curves = {name: [scores(matrix)["miou"] for matrix in tally.sweep.confusions()]
                   for name, tally in swept.items()}
         thresholds = next(iter(swept.values())).sweep.thresholds().tolist()
-        plot_curves(folder / "thresholds.png", thresholds, curves, "foreground share from which a pixel is foreground",
-                    "mIoU")
+        plot_curves(folder / "thresholds.png", thresholds, curves, "foreground threshold", "mIoU")
     names = ["background", *dataset.classes]
     plot_bars(folder / "classes.png", names, {name: row["fixed"]["iou"] for name, row in table.items()}, "IoU")
 
 
-def save_panels(dataset, stages, tallies, options, folder, count=6):
+def save_panels(dataset: Dataset, stages: Sequence[Stage], tallies: Mapping[str, Tally], how: MaskConfig, folder: Path,
+                count: int = 6) -> None:
     """Panels of a fixed sample of images and of the worst ones by the last stage: image | stages | ground truth."""
     last = tallies[stages[-1].name].images
     fixed = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)).tolist()
     worst = sorted(range(len(dataset)), key=lambda i: np.nan_to_num(last[dataset.ids[i]], nan=2.0))[:count]
     titles = ["image", *(stage.name for stage in stages), "ground truth"]
     for name, chosen in (("panel.png", fixed), ("panel_worst.png", worst)):
-        rows = [_panel_row(dataset, i, stages, options) for i in chosen]
+        rows = [_panel_row(dataset, i, stages, how) for i in chosen]
         names = [f"{dataset.ids[i]}  {last[dataset.ids[i]]:.2f}" for i in chosen]
-        panel(rows, titles, names).save(Path(folder) / name)
+        panel(rows, titles, names).save(folder / name)
 
 
-def _panel_row(dataset, index, stages, options):
+def _panel_row(dataset: Dataset, index: int, stages: Sequence[Stage], how: MaskConfig) -> list[np.ndarray]:
     image, image_id = dataset.image(index), dataset.ids[index]
     pictures = [image]
     for stage in stages:
         if stage.kind == "mask":
             pictures.append(overlay_mask(image, read_mask(stage.folder / f"{image_id}.png")))
             continue
-        keys, probabilities = stage.probabilities(image_id, options)
+        keys, probabilities = stage.probabilities(image_id)
         if stage.crf:
-            mask = decide(image, keys, probabilities, chosen_crf(options), options["max_size"], options["bg_threshold"])
+            mask = decide(image, keys, probabilities, how.crf, how.max_size, how.bg_threshold)
             pictures.append(overlay_mask(image, mask))
         else:
-            share, _ = foreground_share(full_size(probabilities, image.shape[:2]), keys)
-            pictures.append(overlay(image, heatmap(share), 0.6))
-    return [*pictures, overlay_mask(image, np.where(dataset.mask(index) == 255, 0, dataset.mask(index)))]
+            probability, _ = foreground_probability(full_size(probabilities, image.shape[:2]), keys)
+            pictures.append(overlay(image, heatmap(probability), 0.6))
+    truth = dataset.mask(index)
+    return [*pictures, overlay_mask(image, np.where(truth == IGNORE, 0, truth))]
 
 
-def _rounded(value):
+def _rounded(value: float) -> float | None:
     return None if np.isnan(value) else round(float(value), 4)
 
 
-def _plain(value):
+def _plain(value: object) -> object:
     """NaN, which JSON lacks, becomes null."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and np.isnan(value) else value
-
-
-def evaluate(dataset, stages, options):
-    """Score, report and picture a split; everything lands in --output_dir.  Returns the table, in rank 0."""
-    folder = Path(options["output_dir"])
-    for stage in stages:
-        dataset = made_of(dataset, stage.folder)
-    tallies = score_split(dataset, stages, options)
-    if not distributed.is_main():
-        return None
-    table = report(dataset, tallies, options, folder)
-    save_panels(dataset, stages, tallies, options, folder)
-    print(f"Wrote scores.json, plots and panels to {folder}")
-    return table
-
-
-def checkpoint_stages(payload, dataset, options, device):
-    """Seed, walk and mask of a stage-2 checkpoint, the seed alone of a stage-1 one; missing maps are computed first."""
-    if "affinity" not in payload["networks"]:
-        return [Stage("seed", "cam", split_cams(payload, dataset, options, device).path)]
-    cams, walks = make_scores(payload, dataset, options, device)
-    stages = [Stage("seed", "cam", cams.path), Stage("walk", "scores", walks.path)]
-    return stages + [Stage("mask", "scores", walks.path, crf=True)] * options["crf"]
-
-
-def mask_record(folder):
-    """(options of the step that wrote a folder of masks, the folder), or (None, None) for masks made elsewhere."""
-    path = Path(folder) / MANIFEST
-    if not Path(folder).is_dir():
-        raise UserError(f"no folder {folder}; pass a folder of masks with --mask_dir")
-    return (read_json(path, "delete it")["options"], folder) if path.is_file() else (None, None)

@@ -1,198 +1,258 @@
-"""CAM -> walked scores -> mask: one image, or a whole split with every expensive result kept."""
+"""Step 3: CAMs, walked scores and masks of a split, every expensive result kept; or masks of any image files."""
 import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from models.affinitynet import affinity_stencil
-from models.build import unpack
-from models.fuse import for_inference
-from src import masks
-from src.cams import TOGETHER, cam_folder, image_cams, make_cams
-from src.engine import autocast
+from src.masks import MaskConfig, decide, full_size, write_mask
+from src.pipeline import Pipeline
 from src.records import record_hash
+from src.split_map import map_split, through_network, through_workers
 from utils import distributed
-from utils.artifacts import Folder, load_cam, made_of, run_dir, save_arrays
-from utils.checkpoint import is_checkpoint
+from utils.config import Machine
+from utils.crf import CRF
+from utils.datasets.base import Dataset
 from utils.errors import ImageError, UserError
+from utils.files import load_cam, read_json, save_cam, save_scores, write_json
+from utils.grids import capped_size, resize_image
 from utils.images import SUFFIXES, read_image
-from utils.loader import WholeImages, equal_batches, scaled_views, whole_image_loader
-from utils.log import environment, progress
-from utils.maps import capped_size, foreground_share, resize_image, resize_maps, with_background
-from utils.options import skips_bad
-from utils.random_walk import half_disc, random_walks, walk_frames
-from utils.visualize import heatmap, overlay, overlay_mask, save_gif, save_mask, save_picture
+from utils.labels import save_mask
+from utils.log import progress
+from utils.maps import foreground_probability
+from utils.random_walk import walk_frames
+from utils.store import MANIFEST, Folder
+from utils.visualize import heatmap, overlay, overlay_mask, save_gif, save_picture
 
-WALK_STRIDE = 8
-
-
-@torch.no_grad()
-def affinities(affinity_net, views, offsets, device, precision):
-    """Affinity stencils, each (P, h, w), of normalised images (3, 8(h-1)+1, 8(w-1)+1) of one size."""
-    with autocast(device, precision):
-        features = affinity_net(torch.stack(views).to(device, memory_format=torch.channels_last))
-    return [affinity_stencil(one.float(), offsets) for one in features]
+LEDGER = "wsss_images.json"  # in a folder of --images: which files there are results
+SHOWN = 8  # images of a split that are animated
 
 
-def walk_scores(stencils, cams, offsets, options):
-    """Propagate CAMs and their background scores: probabilities (K + 1, h, w) of each image on its affinity's grid,
-    numpy float32."""
-    scores = [torch.from_numpy(with_background(resize_maps(cam, stencil.shape[-2:]), options["bg_alpha"]))
-              .to(stencil.device) for cam, stencil in zip(cams, stencils)]
-    walked = random_walks(scores, stencils, offsets, options["beta"], options["walk_steps"], options["walk_eps"])
-    return [(maps / maps.sum(dim=0).clamp(min=1e-8)).cpu().numpy() for maps in walked]
+@dataclass(frozen=True)
+class Places:
+    """Where maps of a split are kept.  cam_dir: of step 1.  home: beside the checkpoint they are made from."""
+    cam_dir: str | None
+    home: Path
+    overwrite: bool = False
 
 
-def walk_folder(path, record, cams, options):
-    """The `Folder` of walked scores of an AffinityNet over the CAMs of a `Folder`."""
-    names = ("beta", "walk_steps", "walk_eps", "radius", "bg_alpha", "max_size", "precision")
-    identity = {name: options[name] for name in names}
-    return Folder(path, "walk", ".npz", {**identity, "cam": cams.identity, "affinity": record_hash(record)})
+# --- a split ---------------------------------------------------------------------------------------------------------
+
+def cam_folder(path: str | Path, pipeline: Pipeline, overwrite: bool) -> Folder:
+    """The `Folder` of a pipeline's CAMs: what decides its files."""
+    identity = {**asdict(pipeline.maps), "precision": pipeline.machine.precision, "classes": list(pipeline.classes),
+                "classifier": record_hash(pipeline.records["classifier"])}
+    return Folder(path, "cam", ".npz", identity, pipeline.maps.labels == "gt", overwrite)
 
 
-def make_walks(record, dataset, cams, folder, options, device):
-    """Write the walked scores of every image of a split that are not there yet; the manifest comes last."""
-    if folder.holds(dataset):
-        print(f"Using the walked scores in {folder.path}: same networks and options")
-        return  # its manifest stays as it is: that of the masks made from it holds its hash
-    dataset = made_of(dataset, cams.path)
-    folder.begin()
-    pending = folder.pending(dataset)
-    if pending.ids:
-        affinity_net = for_inference(unpack(record), device)
-        offsets = half_disc(options["radius"])
-        images = WholeImages(pending, (1.0,), options["max_size"], WALK_STRIDE, skip_bad=skips_bad(options))
-        items = progress(whole_image_loader(images, options["workers"], device), "random walk", len(pending))
-        for batch in equal_batches(items, TOGETHER[device.type]):
-            stencils = affinities(affinity_net, [item["views"][0] for item in batch], offsets, device,
-                                  options["precision"])
-            keys, maps, _ = zip(*(load_cam(cams.path, pending.ids[item["index"]]) for item in batch))
-            for item, key, scores in zip(batch, keys, walk_scores(stencils, maps, offsets, options)):
-                save_scores(folder.path, pending.ids[item["index"]], key, scores, item["size"])
-        folder.failures.update(images.failures)
-    folder.finish(dataset.ids, options, environment(device), parent=cams.path)
+def make_cams(pipeline: Pipeline, dataset: Dataset, folder: Folder, record: dict[str, object], keep: bool = False
+              ) -> Dataset:
+    """Write the CAM of every image of a split that is not there yet.  record, keep: see `map_split`."""
+    keys_of = known_keys(dataset, folder.labels)
+
+    def make(items: list[dict], ids: list[str]) -> None:
+        cams = pipeline.cams([item["views"] for item in items], [item["size"] for item in items],
+                             [keys_of(image_id) for image_id in ids])
+        for image_id, cam in zip(ids, cams):
+            save_cam(folder.path, image_id, cam.keys, cam.maps, cam.size)
+    return map_split(dataset, folder, lambda pending: through_network(pending, pipeline.cam_views(), make,
+                                                                      pipeline.machine, "CAM"), record, keep=keep)
 
 
-def save_scores(folder, image_id, keys, probabilities, size):
-    """keys: (K,).  probabilities: (K + 1, h, w), background first.  size: (H, W) of the image."""
-    save_arrays(folder, image_id, keys=np.asarray(keys, np.int64), size=np.asarray(size, np.int64),
-                probabilities=np.asarray(probabilities, np.float16))
+def known_keys(dataset: Dataset, known: bool) -> Callable[[str], np.ndarray | None]:
+    """Function: image id -> its zero-based classes by the dataset's labels, or None if they are to be predicted."""
+    if not known:
+        return lambda image_id: None
+    rows = dict(zip(dataset.ids, dataset.labels))
+    return lambda image_id: np.flatnonzero(rows[image_id])
 
 
-def split_cams(payload, dataset, options, device):
-    """The `Folder` of a split's CAMs: --cam_dir if it holds them, else one beside the checkpoint, made or completed."""
-    record = payload["networks"]["classifier"]
-    # Step 1's folder is never completed from here: its manifest is the record that step 2 reads.
-    for path in (options["cam_dir"], scores_home(payload, dataset, options, "cam")):
-        cams = cam_folder(path, record, payload["classes"], dataset.name, options)
-        if cams.holds(dataset):
-            print(f"Using the CAMs in {cams.path}: same classifier and options")
-            return cams
-    make_cams(record, dataset, cams, options, device)
-    return cams
+class SplitScores:
+    """CAMs and walked scores of a split, kept beside the checkpoint that makes them and used again.
 
-
-def scores_home(payload, dataset, options, name):
-    """Where maps of a split are kept: beside the checkpoint they are made from; for a published one, in output/."""
-    path = Path(options["model_path"])
-    home = path.parent / "scores" if is_checkpoint(payload) else run_dir("scores", path.stem)
-    return home / f"{name}_{dataset.split}_{options['labels']}"
-
-
-def make_scores(payload, dataset, options, device):
-    """CAMs and walked scores of a split from a stage-2 checkpoint; both kept beside it and reused.
-
-    Returns (cam Folder, walk Folder).
+    cams: the `Folder` of CAMs: --cam_dir if it holds them all.  walks: that of walked scores; None without AffinityNet.
+    last: the later of both.
     """
-    cams, record = split_cams(payload, dataset, options, device), payload["networks"]["affinity"]
-    walks = walk_folder(scores_home(payload, dataset, options, "walk"), record, cams, options)
-    make_walks(record, dataset, cams, walks, options, device)
-    return cams, walks
+
+    def __init__(self, pipeline: Pipeline, dataset: Dataset, places: Places):
+        self.pipeline, self.dataset = pipeline, dataset
+        suffix, overwrite = f"{dataset.split}_{pipeline.maps.labels}", places.overwrite
+        self.cams = cam_folder(places.home / f"cam_{suffix}", pipeline, overwrite)
+        self.held = False
+        if places.cam_dir is not None:
+            # Step 1's folder is never completed from here: its manifest is the record that step 2 reads.
+            of_step_1 = self.cams.at(places.cam_dir)
+            self.held = of_step_1.holds(dataset)
+            self.cams = of_step_1 if self.held else self.cams
+        self.walks = None
+        if "affinity" in pipeline.records:
+            identity = {**asdict(pipeline.walk_config), "max_size": pipeline.maps.max_size,
+                        "precision": pipeline.machine.precision, "cam": self.cams.identity,
+                        "affinity": record_hash(pipeline.records["affinity"])}
+            self.walks = Folder(places.home / f"walk_{suffix}", "walk", ".npz", identity, self.cams.labels, overwrite)
+        self.last = self.walks or self.cams
+
+    def check(self) -> None:
+        """UserError, before any work, if these maps would meet finished ones that may not be made again."""
+        if not self.held:
+            self.cams.check(self.dataset)
+        if self.walks is not None:
+            self.walks.check(self.dataset)
+
+    def make(self, record: dict[str, object]) -> None:
+        """Make what is not there yet.  record: see `map_split`."""
+        if self.held:
+            print(f"Using the CAMs in {self.cams.path}: same classifier, options and data")
+        else:
+            make_cams(self.pipeline, self.dataset, self.cams, record, keep=True)
+        if self.walks is not None:
+            map_split(self.dataset, self.walks, lambda pending: through_network(
+                pending, self.pipeline.walk_views(), self._walk, self.pipeline.machine, "random walk"),
+                record, self.cams.path, keep=True)
+
+    def _walk(self, items: list[dict], ids: list[str]) -> None:
+        keys, maps = zip(*(load_cam(self.cams.path, image_id) for image_id in ids))
+        walked = self.pipeline.walks([item["views"][0] for item in items], maps)
+        for item, image_id, own, scores in zip(items, ids, keys, walked):
+            save_scores(self.walks.path, image_id, own, scores, item["size"])
 
 
-def run(payload, dataset, options, device):
-    """Step 3: pseudo-masks of a split in --output_dir."""
-    masks_out = Path(options["output_dir"])
-    cams, walks = make_scores(payload, dataset, options, device)
-    dataset = made_of(dataset, walks.path)
-    folder = masks.mask_folder(masks_out, walks, options)
-    folder.begin()
-    masks.make_masks(dataset, walks.path, folder, options, options["save_overlays"])
-    if options["save_walk"] and distributed.is_main():
-        save_walks(payload, dataset, cams, masks_out / "walks", options, device)
-    folder.finish(dataset.ids, options, {**environment(device), "classes": list(dataset.classes)}, parent=walks.path)
-    return masks_out
+def make_masks(dataset: Dataset, scores: Folder, folder: Folder, how: MaskConfig, record: dict[str, object],
+               machine: Machine, overlays: bool) -> Dataset:
+    """Write the masks of a split from its score maps, overlays/ beside them if asked."""
+    work = partial(write_mask, score_dir=scores.path, folder=folder.path, how=how, overlays=overlays)
+    threads = how.crf is not None and how.crf.backend == "torch"
+    made = map_split(dataset, folder, lambda pending: through_workers(pending, work, machine, "masks", threads),
+                     {**record, "classes": list(dataset.classes)}, scores.path)
+    lacking = [i for i, image_id in enumerate(made.ids)
+               if overlays and not (folder.path / "overlays" / f"{image_id}.png").is_file()]
+    if lacking:  # of masks that were kept
+        through_workers(made.subset(lacking).shard(), work, machine, "overlays", threads)
+    return made
 
 
-def save_walks(payload, dataset, cams, folder, options, device, count=8):
-    """Animate the propagation of up to `count` images: one GIF each, frames at doubling numbers of steps."""
-    affinity_net = for_inference(unpack(payload["networks"]["affinity"]), device)
-    images = WholeImages(dataset.subset(range(min(count, len(dataset)))), (1.0,), options["max_size"], WALK_STRIDE)
-    for item in whole_image_loader(images, 0, device):
-        keys, cam, _ = load_cam(cams.path, dataset.ids[item["index"]])
-        path = Path(folder) / f"{dataset.ids[item['index']]}.gif"
-        save_walk(path, affinity_net, item["views"][0], keys, cam, dataset.image(item["index"]), options, device)
+def mask_folder(path: str | Path, scores: Folder, how: MaskConfig, overwrite: bool) -> Folder:
+    """The `Folder` of masks made from a folder of score maps."""
+    identity = {"scores": scores.identity, "bg_threshold": how.bg_threshold, **crf_identity(how.crf, how.max_size)}
+    return Folder(path, "mask", ".png", identity, scores.labels, overwrite)
 
 
-def save_walk(path, affinity_net, view, keys, cam, image, options, device):
-    """Animate the propagation of one image: the foreground's share after 0, 1, 2, 4, ... steps."""
-    offsets = half_disc(options["radius"])
-    (stencil,) = affinities(affinity_net, [view], offsets, device, options["precision"])
-    scores = torch.from_numpy(with_background(resize_maps(cam, stencil.shape[-2:]), options["bg_alpha"])).to(device)
-    shown = {0} | {2 ** k for k in range(options["walk_steps"].bit_length())} | {options["walk_steps"]}
+def crf_identity(crf: CRF | None, max_size: int) -> dict[str, object]:
+    """What decides a CRF's results."""
+    if crf is None:
+        return {"crf": None}
+    return {"crf": asdict(crf.params), "crf_backend": crf.backend, "max_size": max_size}
+
+
+def run(scores: SplitScores, folder: Folder, how: MaskConfig, record: dict[str, object], extras: Sequence[str] = ()
+        ) -> None:
+    """Step 3: pseudo-masks of a split in `folder`.  extras: "overlays", "walks" (animations of the first images)."""
+    scores.make(record)
+    pipeline = scores.pipeline
+    made = make_masks(scores.dataset, scores.last, folder, how, record, pipeline.machine, "overlays" in extras)
+    if "walks" in extras and distributed.is_main():
+        for index, image_id in enumerate(made.ids[:SHOWN]):
+            path = folder.path / "walks" / f"{image_id}.gif"
+            save_walk(path, pipeline, made.image(index), *load_cam(scores.cams.path, image_id))
+    print(f"Wrote {len(made)} masks to {folder.path}")
+
+
+def save_walk(path: Path, pipeline: Pipeline, image: np.ndarray, keys: np.ndarray, cam: np.ndarray) -> None:
+    """Animate the propagation of one image: foreground probability after 0, 1, 2, 4, ... steps."""
+    (stencil,), config = pipeline.stencils([pipeline.walk_views()(image)[0]]), pipeline.walk_config
+    shown = {0} | {2 ** k for k in range(config.walk_steps.bit_length())} | {config.walk_steps}
     small = resize_image(image, capped_size(image.shape[:2], 320))
     frames = []
-    for step, walked in walk_frames(scores, stencil, offsets, options["beta"], options["walk_steps"], every=1):
+    for step, walked in walk_frames(pipeline.start(cam, stencil), stencil, pipeline.offsets, config.beta,
+                                    config.walk_steps, every=1):
         if step in shown:
-            share, _ = foreground_share(masks.full_size(walked.cpu().numpy(), small.shape[:2]), keys)
-            frames.append(overlay(small, heatmap(share), 0.6))
+            probability, _ = foreground_probability(full_size(walked.cpu().numpy(), small.shape[:2]), keys)
+            frames.append(overlay(small, heatmap(probability), 0.6))
     save_gif(path, frames, seconds_per_frame=0.4)
 
 
-def run_images(payload, paths, options, device):
-    """Masks and overlays of image files; labels are predicted."""
-    networks = {name: for_inference(unpack(payload["networks"][name]), device)
-                for name in ("classifier", "affinity")}
-    out = Path(options["output_dir"])
-    for file in progress(distributed.share(paths), "masks"):
-        try:
-            mask, keys = _one_image(networks, file, out, options, device)
-        except ImageError as error:
-            if not skips_bad(options):
-                raise
-            print(f"Skipping {file}: {error}", file=sys.stderr)
-            continue
-        named = ", ".join(payload["classes"][key] for key in keys)
-        share = np.mean(mask > 0)
-        print(f"{file}: {named}; foreground {share:.0%} -> {out / f'{file.stem}.png'}")
+# --- any image files -------------------------------------------------------------------------------------------------
 
-
-def _one_image(networks, file, out, options, device):
-    image = read_image(file)
-    views = scaled_views(image, options["scales"], options["max_size"], networks["classifier"].trunk.stride)
-    item = {"views": views, "size": image.shape[:2]}
-    ((keys, cam),) = image_cams(networks["classifier"], [item], [None], options, device)
-    offsets = half_disc(options["radius"])
-    view = scaled_views(image, (1.0,), options["max_size"], WALK_STRIDE)[0]
-    stencils = affinities(networks["affinity"], [view], offsets, device, options["precision"])
-    (probabilities,) = walk_scores(stencils, [cam], offsets, options)
-    mask = masks.decide(image, keys, probabilities, masks.chosen_crf(options), options["max_size"],
-                        options["bg_threshold"])
-    if options["save_walk"]:
-        save_walk(out / "walks" / f"{file.stem}.gif", networks["affinity"], view, keys, cam, image, options, device)
-    save_mask(out / f"{file.stem}.png", mask)
-    save_picture(out / f"{file.stem}_overlay.png", overlay_mask(image, mask))
-    return mask, keys
-
-
-def list_images(path):
-    """The image files at a path: itself, or those of a folder, sorted; UserError if there is none."""
+def list_images(path: Path) -> list[Path]:
+    """The image files at a path: itself, or those of a folder, sorted, without results of --images; UserError if none.
+    """
     if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+        results = _ledger(path)
+        found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.name not in results)
         if not found:
             raise UserError(f"{path} holds no image ({', '.join(SUFFIXES[:6])}); pass another --images")
         return found
     if not path.is_file():
         raise UserError(f"no image {path}; pass an image or a folder with --images")
     return [path]
+
+
+def _ledger(folder: Path) -> list[str]:
+    """Names of the files in a folder that --images has written."""
+    path = folder / LEDGER
+    return read_json(path, "delete it, and name another --output_dir")["results"] if path.is_file() else []
+
+
+def result_names(paths: Sequence[Path]) -> list[str]:
+    """What each image's results are called: its stem, or its whole name where two images' results would meet."""
+    names = [path.stem for path in paths]
+    files = Counter(file for name in names for file in _results(name))
+    names = [path.stem if all(files[file] == 1 for file in _results(path.stem)) else path.name for path in paths]
+    files = Counter(file for name in names for file in _results(name))
+    return names if max(files.values()) == 1 else [path.name for path in paths]
+
+
+def _results(name: str) -> tuple[str, ...]:
+    return (f"{name}.png", f"{name}_overlay.png", f"walks/{name}.gif", f"affinity/{name}_cam.png",
+            f"affinity/{name}_affinitynet.png")
+
+
+def check_results(paths: Sequence[Path], out: Path) -> None:
+    """UserError, before any work, if results would be written into a folder of masks or over files of the user's."""
+    if (out / MANIFEST).is_file():
+        raise UserError(f"{out} holds the masks of a split ({MANIFEST}), which results of --images would mix with; "
+                        "name another --output_dir")
+    own = set(_ledger(out))
+    foreign = [file for name in result_names(paths) for file in _results(name)
+               if file not in own and (out / file).exists()]
+    if foreign:
+        raise UserError(f"{out / foreign[0]} is there already and was not made by --images; name another --output_dir, "
+                        "or move it away")
+
+
+def run_images(pipeline: Pipeline, paths: Sequence[Path], out: Path, how: MaskConfig, walks: bool) -> None:
+    """Masks and overlays of image files in `out`; labels are predicted.  walks: animate the propagation too."""
+    names = result_names(paths)
+    listed = sorted({*_ledger(out), *(file for name in names for file in _results(name))})
+    if distributed.is_main():
+        write_json(out / LEDGER, {"results": listed})  # before the results: a killed run's count as made by --images
+    distributed.barrier()
+    try:
+        for file, name in progress(distributed.shard(list(zip(paths, names))), "masks"):
+            _write_results(pipeline, file, out, name, how, walks)
+        distributed.barrier()
+    finally:  # under the name of a result that was not made, a photo of the user's may lie tomorrow
+        if distributed.is_main():
+            write_json(out / LEDGER, {"results": [file for file in listed if (out / file).is_file()]})
+
+
+def _write_results(pipeline: Pipeline, file: Path, out: Path, name: str, how: MaskConfig, walks: bool) -> None:
+    """The mask and the overlay of one image file; nothing for a damaged one that is to be skipped."""
+    try:
+        image = read_image(file)
+    except ImageError as error:
+        if not pipeline.machine.skip_bad:
+            raise
+        print(f"Skipping {file}: {error}", file=sys.stderr)
+        return
+    cam = pipeline.cam(image)
+    mask = decide(image, cam.keys, pipeline.walk(image, cam), how.crf, how.max_size, how.bg_threshold)
+    if walks:
+        save_walk(out / "walks" / f"{name}.gif", pipeline, image, cam.keys, cam.maps)
+    save_mask(out / f"{name}.png", mask)
+    save_picture(out / f"{name}_overlay.png", overlay_mask(image, mask))
+    named = ", ".join(pipeline.classes[key] for key in cam.keys)
+    print(f"{file}: {named}; foreground {np.mean(mask > 0):.0%} -> {out / f'{name}.png'}")

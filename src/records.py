@@ -1,22 +1,26 @@
 """Checkpoints against what they are to be used with: the classes of a dataset, the CAMs of a folder."""
 import hashlib
+import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from models.weights import load_model
-from utils.artifacts import read_manifest
+from utils.datasets.base import Dataset
 from utils.errors import UserError
+from utils.options import NETWORK
+from utils.store import read_manifest
 
 
-def record_hash(record):
-    """First 16 hex digits of the SHA-256 of a network's weights."""
-    digest = hashlib.sha256()
+def record_hash(record: dict) -> str:
+    """First 16 hex digits of the SHA-256 of a network's weights, and of how its seed is built."""
+    digest = hashlib.sha256(json.dumps(record.get("seed"), sort_keys=True).encode())
     for name, tensor in sorted(record["state"].items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def check_classes(dataset, classes, source):
+def check_classes(dataset: Dataset, classes: Sequence[str], source: str) -> None:
     """UserError unless a checkpoint or folder was made for the classes of the dataset."""
     if list(classes) != list(dataset.classes):
         raise UserError(f"{source} knows {len(classes)} classes ({', '.join(classes[:3])}, ...), but {dataset.root} "
@@ -24,34 +28,44 @@ def check_classes(dataset, classes, source):
                         "or --model_path")
 
 
-def settle_classes(payload, dataset, source):
-    """As `check_classes` for a checkpoint; a published one knows only how many there are, and takes the dataset's."""
+def with_classes(payload: dict, dataset: Dataset, source: str) -> dict:
+    """A checkpoint after `check_classes`; a published one knows only how many there are, and takes the dataset's."""
     if payload["classes"] is None:
         (record,) = payload["networks"].values()
         if record["classes"] != len(dataset.classes):
             raise UserError(f"{source} knows {record['classes']} classes, but {dataset.root} has "
                             f"{len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...); pass another --data_root "
                             "or --model_path")
-        payload["classes"] = list(dataset.classes)
+        payload = {**payload, "classes": list(dataset.classes)}
     check_classes(dataset, payload["classes"], source)
+    return payload
 
 
-def check_same_classifier(classifier, manifest, model_path, cam_dir):
+def built_with(record: dict, options: Mapping[str, object], path: str) -> dict[str, object]:
+    """How a checkpoint's network was built, by flags; UserError if the flags given ask for another network."""
+    built = {name: record[name] for name in NETWORK if name in record}
+    for name, value in built.items():
+        if options[name] not in (None, value):
+            raise UserError(f"{path} has {name} {value}, not {options[name]}; leave --{name} out")
+    return built
+
+
+def check_same_classifier(classifier: dict, manifest: dict, model_path: str, cam_dir: str) -> None:
     """UserError unless the CAMs of a folder were made by this stage-1 checkpoint, which goes into stage 2's."""
     if record_hash(classifier["networks"]["classifier"]) != manifest["identity"]["classifier"]:
         raise UserError(f"the CAMs in {cam_dir} were not made by {model_path}; run: python run_train.py --stage 1, or "
                         "pass the checkpoint that made them with --model_path")
 
 
-def open_checkpoint(path, default, cam_dir, steps=("stage2",)):
+def open_checkpoint(path: str | None, default: str, cam_dir: str, steps: Sequence[str] = ("stage2",)
+                    ) -> tuple[dict, str]:
     """The checkpoint at `path`, of one of `steps`; without one, the newest of stage 2 in output/, the default first.
 
     A published AffinityNet comes without a classifier: it gets the one that made the CAMs in `cam_dir`.
     Returns (payload, path).
     """
     if path is None:
-        found = sorted(Path("output").glob("stage2_*/model_best.pth.tar"), key=lambda p: p.stat().st_mtime)
-        path = default if Path(default).is_file() or not found else str(found[-1])
+        path = default if Path(default).is_file() else newest("stage2", default)
         print(f"Using {path}", file=sys.stderr)
     payload = load_model(path, steps)
     if list(payload["networks"]) == ["affinity"]:
@@ -63,3 +77,11 @@ def open_checkpoint(path, default, cam_dir, steps=("stage2",)):
         payload = {**payload, "classes": classifier["classes"], "options": {**manifest["options"], "cam_dir": cam_dir},
                    "networks": {**payload["networks"], **classifier["networks"]}}
     return payload, str(path)
+
+
+def newest(step: str, otherwise: str | None = None) -> str:
+    """Path of the newest output/<step>_*/model_best.pth.tar; without one `otherwise`, or a UserError."""
+    found = sorted(Path("output").glob(f"{step}_*/model_best.pth.tar"), key=lambda path: path.stat().st_mtime)
+    if not found and otherwise is None:
+        raise UserError("no DeepLab checkpoint in output/; run: python train_deeplab.py")
+    return str(found[-1]) if found else otherwise

@@ -1,44 +1,80 @@
-"""What every script does between its flags and its work: open the split, settle the device, say what will run."""
+"""What every script does between its flags and its work: open the split, settle what depends on it, say so."""
+import argparse
 import sys
+from pathlib import Path
 
+import torch
+
+from models.backbone import BACKBONES, build_backbone
+from models.weights import check_pretrained
+from src.inference import Places
 from utils import distributed
-from utils.crf import settle_backend
+from utils.checkpoint import is_checkpoint
+from utils.config import DataConfig, Machine
+from utils.crf import CRF, PRESETS, CRFParams, settle_backend
 from utils.datasets import open_dataset
+from utils.datasets.base import Dataset
 from utils.errors import UserError
 from utils.log import environment
 from utils.options import pick_device, print_options
+from utils.store import run_dir
 
 
-def open_split(args):
-    """The split that the flags name; --split is settled to the training split if it was left out."""
+def open_split(args: argparse.Namespace) -> Dataset:
+    """The split that the flags name."""
     with distributed.main_first():  # what it downloads or parses is there for the others
-        dataset = open_dataset(args.dataset, args.data_root, args.split, args.limit, args.ids,
-                               getattr(args, "download", False), args.difficult)
-    args.split = dataset.split
-    return dataset
+        return open_dataset(DataConfig.of(vars(args)))
 
 
-def settle_labels(args, dataset, default=None):
-    """Settle --labels: known ones on a training split, where pseudo-masks are made; predicted ones elsewhere, where
-    scores are.  default: what holds if it was left out, instead.  UserError if the known ones are asked for in vain.
+def settled_pretrained(pretrained: str | None, backbone: str) -> str:
+    """--pretrained; left out, ImageNet weights, or random ones, with a warning, where there are none to be fetched."""
+    if pretrained is None and backbone in BACKBONES and BACKBONES[backbone].imagenet is None:
+        print(f"WARNING: no ImageNet weights of {backbone} can be fetched, and --pretrained names no file: training "
+              "starts from RANDOM weights; results will be much worse", file=sys.stderr)
+        return "none"
+    return pretrained or "imagenet"
+
+
+def check_network(args: argparse.Namespace) -> None:
+    """UserError, before any work, unless --backbone can be built and --pretrained can be loaded into it."""
+    with torch.device("meta"):
+        build_backbone(args.backbone, args.output_stride, args.width, args.dilated)
+    check_pretrained(args.pretrained, args.backbone, args.width)
+
+
+def settled_labels(labels: str | None, dataset: Dataset, default: str | None = None) -> str:
+    """--labels: known ones on a training split, where pseudo-masks are made; predicted ones elsewhere.
+
+    default: what holds if it was left out, instead.  UserError if the known ones are asked for in vain.
     """
-    known = "gt" if dataset.split in dataset.training_splits else "predicted"
-    args.labels = args.labels or default or known
-    if args.labels == "gt" and dataset.labels is None:
+    labels = labels or default or ("gt" if dataset.split in dataset.training_splits else "predicted")
+    if labels == "gt" and dataset.labels is None:
         raise UserError(f"split {dataset.split} of {dataset.root} has no image labels; pass --labels predicted")
+    return labels
 
 
-def settle_crf(args):
-    """Settle --crf_backend if a CRF is to run (step 2 always runs one); UserError if it cannot be had."""
-    if getattr(args, "crf", True):
-        args.crf_backend = settle_backend(args.crf_backend)
+def settled_crf(args: argparse.Namespace, always: bool = False) -> CRF | None:
+    """The `CRF` that the flags ask for: the preset, what is given explicitly, the backend; None for --no-crf.
+
+    always: for step 2, which has no such flag.  UserError if the backend cannot be had.
+    """
+    if not always and not args.crf:
+        return None
+    given = {name: getattr(args, f"crf_{name}") for name in CRFParams.__dataclass_fields__}
+    params = {**vars(PRESETS[args.crf_preset]), **{name: value for name, value in given.items() if value is not None}}
+    backend = settle_backend(args.crf_backend)
+    return CRF(CRFParams(**params), backend, str(pick_device(args.device)) if backend == "torch" else "cpu")
 
 
-def begin(step, args, dataset=None):
-    """Settle the device and print the header; a dry run says that it stops.  Returns the torch.device."""
-    device = pick_device(args.device)
-    print_options(step, args)
-    facts = environment(device)
+def machine_of(args: argparse.Namespace) -> Machine:
+    """What the work runs on, by the flags."""
+    return Machine(pick_device(args.device), args.precision, args.workers, args.on_bad_image == "skip")
+
+
+def begin(step: str, args: argparse.Namespace, machine: Machine, dataset: Dataset | None = None) -> bool:
+    """Print the header; returns whether to go on: a dry run says that it stops."""
+    print_options(step, vars(args))
+    facts = environment(machine.device)
     dirty = " with changes" if facts["git_dirty"] else ""
     place = facts["device_name"] + (f" in {distributed.world()} processes" if distributed.world() > 1 else "")
     print(f"  torch {facts['torch']} on {place}, commit {(facts['git_commit'] or 'none')[:10]}{dirty}"
@@ -46,4 +82,16 @@ def begin(step, args, dataset=None):
           file=sys.stderr)
     if args.dry_run:
         print("Dry run: everything checked, nothing done.", file=sys.stderr)
-    return device
+    return not args.dry_run
+
+
+def record_of(args: argparse.Namespace, machine: Machine, **more: object) -> dict[str, object]:
+    """What a manifest says of a run: its options, with `more` beside the flags, and the environment."""
+    return {"options": {**vars(args), **more}, **environment(machine.device)}
+
+
+def places_of(args: argparse.Namespace, payload: dict) -> Places:
+    """Where maps of a split are kept: beside the checkpoint they are made from; for a published one, in output/."""
+    path = Path(args.model_path)
+    home = path.parent / "scores" if is_checkpoint(payload) else run_dir("scores", path.stem)
+    return Places(args.cam_dir, home, args.overwrite)

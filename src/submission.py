@@ -4,20 +4,22 @@ from pathlib import Path
 
 from src.masks import missing, read_checked
 from utils import distributed
-from utils.artifacts import atomic_path
+from utils.config import DataConfig
+from utils.datasets.base import Dataset
 from utils.errors import UserError
+from utils.files import atomic_path
 from utils.log import progress
 
 SUFFIXES = (".tgz", ".tar.gz")
 SPLITS = ("test", "val")
 
 
-def check_submission(path, args):
-    """UserError, before any work, unless a submission can be made of what the flags ask for and be written to `path`."""
-    if args.dataset != "voc" or args.split not in SPLITS:
-        raise UserError(f"--submission is for the VOC server's splits: pass --dataset voc --split {' or '.join(SPLITS)}, "
-                        f"not --dataset {args.dataset} --split {args.split}")
-    if args.limit is not None or args.ids is not None:
+def check_submission(path: str, data: DataConfig) -> None:
+    """UserError, before any work, unless a submission can be made of the split and be written to `path`."""
+    if data.dataset != "voc" or data.split not in SPLITS:
+        raise UserError(f"--submission is for the VOC server's splits: pass --dataset voc --split {' or '.join(SPLITS)}"
+                        f", not --dataset {data.dataset} --split {data.split}")
+    if data.limit is not None or data.ids is not None:
         raise UserError("--submission needs every image of the split; leave --limit and --ids out")
     if not path.endswith(SUFFIXES):
         raise UserError(f"--submission {path}: the server takes a compressed tar; name it .tgz or .tar.gz")
@@ -25,7 +27,7 @@ def check_submission(path, args):
         raise UserError(f"--submission {path} is there already; delete it or name another")
 
 
-def write_submission(path, mask_dir, dataset):
+def write_submission(path: str, mask_dir: Path, dataset: Dataset) -> None:
     """Pack the masks of a split as results/VOC2012/Segmentation/comp6_<split>_cls/<id>.png; the file appears whole.
 
     UserError if an image has no mask, or one of another size or with values that are no class (255 included).
@@ -34,8 +36,8 @@ def write_submission(path, mask_dir, dataset):
         return
     lacking = missing(mask_dir, dataset.ids)
     if lacking:
-        raise UserError(f"{mask_dir} lacks {len(lacking)} of the {len(dataset)} masks of split {dataset.split}, such as "
-                        f"{lacking[0]}; make them all, then write the submission")
+        raise UserError(f"{mask_dir} lacks {len(lacking)} of the {len(dataset)} masks of split {dataset.split}, such "
+                        f"as {lacking[0]}; make them all, then write the submission")
     place = f"results/VOC2012/Segmentation/comp6_{dataset.split}_cls"
     with atomic_path(path) as temporary, tarfile.open(temporary, "w:gz") as archive:
         for index, image_id in enumerate(progress(dataset.ids, "submission")):
@@ -45,7 +47,7 @@ def write_submission(path, mask_dir, dataset):
     print(f"Wrote {path}: {len(dataset)} masks in {place}/")
 
 
-def _plain(member):
+def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
     """The member without what tells about this machine."""
     member.uid = member.gid = member.mtime = 0
     member.uname = member.gname = ""

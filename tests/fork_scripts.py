@@ -34,7 +34,7 @@ def fork(folder, command, output):
     if child == 0:
         os.chdir(folder)
         for number, suffix in ((1, ".out"), (2, ".err")):
-            os.dup2(os.open(output + suffix, os.O_WRONLY | os.O_CREAT), number)
+            os.dup2(os.open(output + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.argv = [str(ROOT / command[0]), *command[1:]]
         status = status_of(sys.argv[0])
         threading._shutdown()  # what the interpreter does at its end, and os._exit does not

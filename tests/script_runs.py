@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +40,17 @@ def environment(folder):
             "https_proxy": nowhere, "HTTPS_PROXY": nowhere}
 
 
+def imagenet_weights(folder, name):
+    """Random weights of a ResNet where torchvision's cache looks for its ImageNet weights in the runs of a folder."""
+    torch.manual_seed(0)
+    url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+    path = folder / "torch_home" / "hub" / "checkpoints" / url.rpartition("/")[2]
+    path.parent.mkdir(parents=True)
+    # Residuals that start at 0: frozen normalisation does not divide by what random weights make grow.
+    torch.save(torchvision.models.get_model(name, weights=None, zero_init_residual=True).state_dict(), path)
+    return path
+
+
 def start(folder, script, *flags, env=()):
     """Start a script in a folder, in a process group of its own, as a shell would.  env: more of its environment."""
     return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], cwd=folder, text=True,
@@ -59,8 +71,13 @@ def finish(process, timeout=120):
 
 def interrupt(process, log, lines):
     """Press Ctrl-C, which reaches the whole process group, once the log has so many lines."""
+    return interrupt_when(process, lambda: log.is_file() and len(log.read_text().splitlines()) >= lines)
+
+
+def interrupt_when(process, ready):
+    """Press Ctrl-C once `ready()` holds."""
     deadline = time.monotonic() + 90
-    while not log.is_file() or len(log.read_text().splitlines()) < lines:
+    while not ready():
         assert process.poll() is None and time.monotonic() < deadline, finish(process).stderr
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
@@ -72,7 +89,7 @@ def fork(folder, jobs, env=()):
     outputs = [str(folder / f"job{number}") for number in range(len(jobs))]
     plan = [(str(home), list(map(str, command)), output) for (home, command), output in zip(jobs, outputs)]
     (folder / "jobs.json").write_text(json.dumps(plan))
-    done = run(folder, "tests/fork_scripts.py", "jobs.json", timeout=300, env=env)
+    done = run(folder, "tests/fork_scripts.py", "jobs.json", timeout=300 + 6 * len(jobs), env=env)
     return [subprocess.CompletedProcess(command, status, _text(f"{output}.out"), _text(f"{output}.err"))
             for (_, command, output), status in zip(plan, json.loads(done.stdout.splitlines()[-1]))]
 

@@ -4,9 +4,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.affinitynet import EPS, KINDS, SHARES, AffinityNet, _PairSums, affinity_loss, affinity_stencil
-from models.trunk import build_trunk
+from models.affinitynet import EPS, KINDS, WEIGHTS, AffinityNet, _PairSums, affinity_loss, affinity_stencil, pair_counts
+from models.backbone import build_backbone
 from utils.random_walk import half_disc, random_walk
 
 GRID = (6, 7)
@@ -47,7 +48,7 @@ def naive_loss(features, labels, radius=5):
             else:
                 likelihoods["fg" if first else "bg"].append(-torch.log(affinity + EPS))
     terms = [sum(values) / len(values) if values else features.sum() * 0 for values in likelihoods.values()]
-    return sum(share * term for share, term in zip(SHARES, terms)), [term.item() for term in terms]
+    return sum(weight * term for weight, term in zip(WEIGHTS, terms)), [term.item() for term in terms]
 
 
 # --- affinities ----------------------------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ def test_a_kind_without_pairs_adds_nothing(labels, present):
         marks[..., :3] = 0 if labels == "halves" else 2
     loss, terms = affinity_loss(random_features(1), marks, OFFSETS)
     assert {kind for kind, term in zip(KINDS, terms) if term > 0} == present, dict(zip(KINDS, terms.tolist()))
-    expected = sum(share * term for share, term in zip(SHARES, terms.tolist()))
+    expected = sum(weight * term for weight, term in zip(WEIGHTS, terms.tolist()))
     assert abs(loss.item() - expected) < 1e-6, f"{loss.item():.6f}, not {expected:.6f}"
 
 
@@ -162,6 +163,35 @@ def test_ignored_labels_alone_give_zero_and_a_gradient_of_zeros():
 def test_labels_on_another_grid_are_refused():
     with pytest.raises(ValueError, match=r"labels are on a \(3, 3\) grid, features on \(6, 7\)"):
         affinity_loss(random_features(), torch.zeros(2, 3, 3, dtype=torch.long), OFFSETS)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on what makes a CPU wait for its GPU: values or sizes that it asks for, numbers that it copies there."""
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "scalar_tensor", "lift_fresh")
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function._schema.name.removeprefix("aten::")
+        indices = [x for one in arguments if isinstance(one, (list, tuple)) for x in one if isinstance(x, torch.Tensor)]
+        by_mask = name.startswith("index") and any(x.dtype in (torch.bool, torch.uint8) for x in indices)
+        assert name not in self.WAITING and not by_mask, f"{name} waits for the GPU"
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("waits", [lambda x: x[x > 0], lambda x: x.sum().item(), lambda x: torch.where(x > 0, x, 0),
+                                   lambda x: x.new_tensor([0.5, 1]), lambda x: x.nonzero(),
+                                   lambda x: x.masked_select(x > 0), lambda x: x.index_put((x > 0,), x[0, 0, 0, 0])])
+def test_operations_that_wait_for_a_gpu_are_told(waits):
+    with pytest.raises(AssertionError, match="waits for the GPU"), NoWaiting():
+        waits(random_features())
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int64])
+def test_the_loss_and_its_gradient_never_wait_for_a_gpu(kind):
+    features, labels = random_features().requires_grad_(), random_labels().to(kind)
+    with NoWaiting():
+        affinity_loss(features, labels, OFFSETS)[0].backward()
+        affinity_loss(features, labels, OFFSETS, pair_counts(labels, OFFSETS))[0].backward()
+    assert features.grad.abs().max() > 0, "no gradient"
 
 
 def test_descending_the_loss_tells_the_halves_apart():
@@ -183,17 +213,17 @@ def test_descending_the_loss_tells_the_halves_apart():
 
 @pytest.mark.parametrize("backbone, output_stride", [("resnet18", 8), ("resnet18", 16), ("resnet50", 16),
                                                      ("resnet38", 8)])
-def test_features_lie_on_the_stride_8_grid_whatever_the_trunk(backbone, output_stride):
+def test_features_lie_on_the_stride_8_grid_whatever_the_backbone(backbone, output_stride):
     for size in ((65, 97), (64, 50)):
         with torch.device("meta"):  # shapes alone
-            features = AffinityNet(build_trunk(backbone, output_stride, width=0.125))(torch.empty(1, 3, *size))
+            features = AffinityNet(build_backbone(backbone, output_stride, width=0.125))(torch.empty(1, 3, *size))
         expected = (1, 448, -(-size[0] // 8), -(-size[1] // 8))
         assert features.shape == expected, f"{tuple(features.shape)}, not {expected}"
 
 
 def test_fresh_affinities_are_spread_so_that_there_is_something_to_learn_from():
     torch.manual_seed(0)
-    network = AffinityNet(build_trunk("resnet18", 16)).eval()
+    network = AffinityNet(build_backbone("resnet18", 16)).eval()
     with torch.no_grad():
         stencil = affinity_stencil(network(torch.randn(1, 3, 65, 65))[0], OFFSETS)
     found = stencil[stencil > 0]
@@ -201,7 +231,7 @@ def test_fresh_affinities_are_spread_so_that_there_is_something_to_learn_from():
 
 
 def test_every_head_takes_part_in_the_features():
-    network = AffinityNet(build_trunk("resnet18", 16))
+    network = AffinityNet(build_backbone("resnet18", 16))
     network(torch.randn(1, 3, 33, 33)).square().mean().backward()
     for index, head in enumerate(network.heads):
         assert isinstance(head, nn.Conv2d) and head.weight.grad.abs().max() > 0, f"head {index} gets no gradient"

@@ -1,4 +1,4 @@
-"""What the benchmarks set ours against computes the same thing, and what they write says what was measured."""
+"""The references that benchmarks compare with compute the same as ours, and the output says what was measured."""
 import json
 
 import numpy as np
@@ -7,18 +7,18 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.affinity_loss import case, gather_loss
-from benchmarks.avc_ablation import square_truth
 from benchmarks.cam import SCALES, plain_cam
 from benchmarks.deeplab import plain, without_dropout
 from benchmarks.measure import Table
 from benchmarks.performance import BENCHMARKS, document
 from benchmarks.scoring import counts_of, plain_sweep, score_maps
+from experiments.avc_ablation import square_truth
 from models.affinitynet import affinity_loss
-from models.build import build_network
 from models.deeplab import segmentation_loss
-from src.cams import cam_size, image_cams
+from models.weights import build_network, pack, unpack
+from src.pipeline import Pipeline
+from utils.config import Machine, MapConfig, WalkConfig
 from utils.labels import IGNORE
-from utils.loader import scaled_views
 from utils.metrics import SweepHistogram
 from utils.random_walk import half_disc
 
@@ -34,7 +34,8 @@ def test_the_plain_deeplab_gives_our_loss_and_gradients_in_float64(training):
                  segmentation_loss(network(images), target)):
         network.zero_grad()
         loss.backward()
-        results.append([loss.item(), network.trunk.conv1a.weight.grad.clone(), network.head.cls_conv.bias.grad.clone()])
+        results.append([loss.item(), network.backbone.conv1a.weight.grad.clone(),
+                        network.head.cls_conv.bias.grad.clone()])
     (one, *gradients), (other, *ours) = results
     assert abs(one - other) < 1e-6, f"losses {one} and {other}"
     for a, b in zip(gradients, ours):
@@ -44,14 +45,13 @@ def test_the_plain_deeplab_gives_our_loss_and_gradients_in_float64(training):
 
 def test_the_plain_cam_is_ours_where_both_see_the_same_pixels():
     torch.manual_seed(0)
-    network = build_network("classifier", "resnet18", classes=3).eval()
+    how = {"kind": "classifier", "backbone": "resnet18", "classes": 3}
+    record = pack(build_network(**how), seed={"name": "cam"}, **how)
     image = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
-    size = cam_size(image.shape[:2], 512)
-    item = {"size": image.shape[:2], "views": scaled_views(image, SCALES, 512, 16)}
-    options = {"flip": True, "precision": "fp32", "labels": "gt", "max_size": 512}
-    ((_, cam),) = image_cams(network, [item], [np.array([0, 1, 0])], options, torch.device("cpu"))
-    error = abs(cam[0] - plain_cam(network, image, 1, size)).max()
-    assert error < 1e-5, f"off by {error}"
+    payload = {"networks": {"classifier": record}, "classes": ["a", "b", "c"]}
+    (cam,) = Pipeline(payload, MapConfig(SCALES), WalkConfig(), Machine(torch.device("cpu"))).cam(image, ["b"]).maps
+    error = abs(cam - plain_cam(unpack(record), image, 1, cam.shape)).max()
+    assert error < 1e-5, f"off by {error} where the maps reach 1"
 
 
 def test_the_gathered_affinity_loss_is_ours():

@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from utils.checkpoint import FORMAT, load_checkpoint, read_tensors, save_checkpoint
+from utils.checkpoint import FORMAT, OLD_FORMAT, is_checkpoint, load_checkpoint, read_tensors, save_checkpoint
 from utils.errors import UserError
 
 PAYLOAD = {"step": "stage1", "epoch": 3, "options": {"lr": 0.1, "scales": (0.5, 1.0), "flip": True, "ids": None},
@@ -62,6 +62,13 @@ def test_a_foreign_file_of_tensors_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "c.pth")
     text = refusal(tmp_path / "c.pth")
     assert "not a checkpoint of this project" in text and "--model_path" in text, text
+
+
+def test_a_checkpoint_of_the_old_format_is_known_but_its_training_is_not_taken_up(tmp_path):
+    torch.save({"format": OLD_FORMAT, **PAYLOAD}, tmp_path / "c.pth")
+    assert is_checkpoint(read_tensors(tmp_path / "c.pth"))
+    text = refusal(tmp_path / "c.pth", steps=("stage1",))
+    assert "older version" in text and "leave --resume out to start anew" in text, text
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from test_datasets import assert_says, refusal
-from trees import CATEGORIES, coco_annotation, coco_stem, make_coco, polygon, runs
+from trees import CATEGORIES, coco_annotation, coco_stem, make_coco, opened, polygon, runs
 
 from data.prepare_coco import main as prepare
-from utils.datasets import open_dataset
+from utils.datasets import coco as layout
 from utils.errors import UserError
-from utils.layouts import coco as layout
+from utils.files import read_json
+from utils.labels import read_mask
 
 
 @pytest.fixture
@@ -36,24 +37,24 @@ def change(root, edit, split="train2014"):
 
 
 def mask_of(root, stem, split="train"):
-    dataset = open_dataset("coco", root, split)
+    dataset = opened("coco", root, split)
     return dataset.mask(dataset.ids.index(stem))
 
 
 def test_classes_follow_their_ids_with_the_gaps_closed(coco):
-    assert open_dataset("coco", coco).classes == list(CATEGORIES.values())
+    assert opened("coco", coco).classes == list(CATEGORIES.values())
 
 
 @pytest.mark.parametrize("split, count", [("train", 8), ("val", 4), ("val_labelled", 3)])
 def test_images_without_an_object_are_left_out_of_training_and_kept_for_scoring(coco, split, count):
-    dataset = open_dataset("coco", coco, split)
+    dataset = opened("coco", coco, split)
     assert len(dataset) == count and dataset.ids == sorted(dataset.ids), dataset.ids
     empty = [image_id for image_id, row in zip(dataset.ids, dataset.labels) if not row.any()]
     assert empty == ([coco_stem("val2014", 4)] if split == "val" else []), empty
 
 
 def test_labels_are_the_classes_of_an_images_objects(coco):
-    dataset = open_dataset("coco", coco)
+    dataset = opened("coco", coco)
     shown = [[dataset.classes[k] for k in np.flatnonzero(row)] for row in dataset.labels[:3]]
     assert shown == [["cat", "dog", "toothbrush"], ["dog", "toothbrush"], ["person", "toothbrush"]], shown
 
@@ -62,13 +63,13 @@ def test_an_image_of_a_crowd_alone_is_a_training_image(coco):
     def edit(content):
         content["annotations"] = [coco_annotation(1, 63, 1, runs(np.ones((59, 74), np.uint8)), crowd=1)]
     change(coco, edit)
-    dataset = open_dataset("coco", coco)
+    dataset = opened("coco", coco)
     assert dataset.ids == [coco_stem("train2014", 9)] and dataset.labels.tolist() == [[1, 0, 0, 0]], dataset.ids
     assert (dataset.mask(0) == 255).all()
 
 
 def test_a_grey_image_reads_in_colour(coco):
-    dataset = open_dataset("coco", coco)
+    dataset = opened("coco", coco)
     assert dataset.image(1).shape == (52, 74, 3), dataset.image(1).shape
 
 
@@ -76,7 +77,7 @@ def test_a_grey_image_reads_in_colour(coco):
 def test_masks_equal_pycocotools_own_rendering_where_objects_do_not_overlap(coco, split):
     with contextlib.redirect_stdout(io.StringIO()):
         reference = COCO(str(source(coco, split)))
-    dataset = open_dataset("coco", coco, split.removesuffix("2014"))
+    dataset = opened("coco", coco, split.removesuffix("2014"))
     order = sorted(CATEGORIES)
     for index, image_id in enumerate(dataset.ids):
         shapes = [(one["iscrowd"], order.index(one["category_id"]) + 1, reference.annToMask(one))
@@ -111,29 +112,29 @@ def test_compressed_uncompressed_and_polygon_shapes_give_the_same_mask(size):
 
 
 def test_the_json_is_parsed_once_and_again_when_it_changes(coco, monkeypatch):
-    expected = open_dataset("coco", coco).labels
+    expected = opened("coco", coco).labels
     layout._open_annotations.cache_clear()
     parse = layout._parse
     monkeypatch.setattr(layout, "_parse", lambda path: pytest.fail(f"parsed {path} again"))
-    again = open_dataset("coco", coco)
+    again = opened("coco", coco)
     assert np.array_equal(again.labels, expected) and not list(Path("output/cache").glob("*/*.pkl"))
     monkeypatch.setattr(layout, "_parse", parse)
     change(coco, lambda content: content["annotations"].clear() or content["annotations"].append(
         coco_annotation(5, 7, 18, polygon((1, 1, 9, 9)))))
-    assert open_dataset("coco", coco).labels.tolist() == [[0, 0, 1, 0]]
+    assert opened("coco", coco).labels.tolist() == [[0, 0, 1, 0]]
 
 
 def test_a_file_of_more_objects_than_8_bits_count_is_read(coco):
     change(coco, lambda content: content.update(annotations=[
         coco_annotation(i, 7 * (i % 8 + 1), 18, polygon((1, 1, 2 + i % 40, 9))) for i in range(600)]))
-    dataset = open_dataset("coco", coco)
+    dataset = opened("coco", coco)
     table = layout.open_annotations(source(coco))
     assert len(table["area"]) == 600 and table["area"].max() == 40 * 8, table["area"].max()
     assert (dataset.mask(0)[1:3, 1:9] == 3).all()
 
 
 def test_a_damaged_cache_is_refused(coco):
-    open_dataset("coco", coco)
+    opened("coco", coco)
     layout._open_annotations.cache_clear()
     for path in Path("output/cache").glob("coco_*/first.npy"):
         path.write_bytes(b"damaged")
@@ -141,19 +142,19 @@ def test_a_damaged_cache_is_refused(coco):
 
 
 def test_a_split_of_one_image_is_small_when_it_is_sent_to_a_worker(coco):
-    dataset = open_dataset("coco", coco)
+    dataset = opened("coco", coco)
     for image_id, one in dataset:
         assert len(pickle.dumps(one)) < 2000 and one.ids == [image_id], len(pickle.dumps(one))
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_prepared_masks_are_those_rendered_and_are_read_instead(coco, workers, monkeypatch, capfd):
-    rendered = {split: [one.mask(0) for _, one in open_dataset("coco", coco, split)] for split in ("train", "val")}
+    rendered = {split: [one.mask(0) for _, one in opened("coco", coco, split)] for split in ("train", "val")}
     prepare(["--data_root", str(coco), "--workers", workers])
     assert "Wrote 8 masks" in capfd.readouterr().out
     monkeypatch.setattr(layout, "render", lambda *_: pytest.fail("rendered again"))
     for split, masks in rendered.items():
-        files = [one.mask(0) for _, one in open_dataset("coco", coco, split)]
+        files = [one.mask(0) for _, one in opened("coco", coco, split)]
         assert all(map(np.array_equal, masks, files)), split
 
 
@@ -161,7 +162,30 @@ def test_prepared_masks_of_another_json_are_not_read(coco):
     prepare(["--data_root", str(coco), "--split", "train", "--workers", "0"])
     change(coco, lambda content: content["annotations"].clear() or content["annotations"].append(
         coco_annotation(5, 7, 18, polygon((0, 0, 51, 74)))))
-    assert (open_dataset("coco", coco).mask(0) == 3).all()
+    assert (opened("coco", coco).mask(0) == 3).all()
+
+
+def test_prepared_masks_of_another_json_are_made_again_only_when_asked(coco):
+    arguments = ["--data_root", str(coco), "--split", "train", "--workers", "0"]
+    prepare(arguments)
+    path = coco / "masks" / "train2014" / f"{coco_stem('train2014', 1)}.png"
+    before = path.read_bytes()
+    change(coco, lambda content: content["annotations"].clear() or content["annotations"].append(
+        coco_annotation(5, 7, 18, polygon((0, 0, 51, 74)))))
+    with pytest.raises(UserError) as caught:
+        prepare(arguments)
+    assert_says(str(caught.value), coco / "masks" / "train2014", "8 finished files", "annotations was", "--overwrite")
+    assert path.read_bytes() == before
+    prepare([*arguments, "--overwrite"])
+    assert (read_mask(path) == 3).all() and len(list(path.parent.glob("*.png"))) == 1, list(path.parent.iterdir())
+
+
+def test_the_record_of_prepared_masks_says_of_what_they_are(coco):
+    prepare(["--data_root", str(coco), "--split", "train", "--workers", "0"])
+    record = read_json(coco / "masks" / "train2014" / "manifest.json", "")
+    assert record["step"] == "coco_masks" and record["complete"] and record["count"] == 8, record
+    assert record["options"] == {"data_root": str(coco), "split": "train"} and "git_commit" in record, record
+    assert list(record["stamps"].values()) == opened("coco", coco).stamps(False), record["stamps"]
 
 
 FAULTS = {
@@ -213,4 +237,4 @@ def test_an_image_of_another_size_than_the_json_says_is_refused(coco):
     change(coco, lambda content: [image.update(height=image["height"] + 40) for image in content["images"]]
            and content.update(annotations=[coco_annotation(5, 7, 18, polygon((1, 1, 9, 9)))]))
     with pytest.raises(UserError, match="COCO_train2014_000000000001. is 74x91 but its image is 74x51"):
-        open_dataset("coco", coco).mask(0)
+        opened("coco", coco).mask(0)

@@ -2,52 +2,64 @@
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from script_runs import MACHINE, ROOT, SMALL, STAGE2, chain, copy, fork, read_json
 
+import run_eval
 import run_inference
 import run_train
 import test_deeplab
-from src import masks
+from src.inference import crf_identity
+from src.masks import LabelConfig, affinity_label, decide
+from src.start import settled_crf
 from utils import options as flags
-from utils.crf import PRESETS, CRFParams, settle_backend
+from utils.crf import CRF, PRESETS, CRFParams, settle_backend
 from utils.errors import UserError
-from utils.maps import resize_maps, with_background
-from utils.visualize import read_mask
+from utils.grids import resize_maps
+from utils.labels import read_mask
+from utils.maps import with_background
 
-NONE = {name: None for name in flags.CRF}
 
-
-def options(**given):
-    return {**NONE, "crf": True, "crf_preset": "psa", "crf_backend": "torch", "device": "cpu", **given}
+def asked(**given):
+    """Flags of the CRF as the parser gives them, resolved."""
+    return Namespace(**{**dict.fromkeys(flags.CRF), "crf": True, "crf_preset": "psa", "crf_backend": "torch",
+                        "device": "cpu", **given})
 
 
 def test_every_setting_of_the_crf_has_its_flag():
     assert set(flags.CRF) - {"crf_preset", "crf_backend"} == {f"crf_{name}" for name in CRFParams.__dataclass_fields__}
-    for names in (run_inference.NAMES, run_train.NAMES[2], test_deeplab.NAMES):
+    for names in (run_inference.NAMES, run_train.NAMES[2], run_eval.NAMES, test_deeplab.NAMES):
         assert set(flags.CRF) < set(names)
 
 
 def test_a_flag_left_out_takes_the_presets_value():
-    crf = masks.chosen_crf(options(crf_bilateral_srgb=7.5, crf_iterations=0))
-    assert crf.params == CRFParams(3, 3, 80, 7.5, 10, 0), crf.params
-    assert masks.chosen_crf(options(crf_preset="avc")).params == PRESETS["avc"]
-    assert masks.chosen_crf(options(crf=False)) is None
+    crf = settled_crf(asked(crf_bilateral_srgb=7.5, crf_iterations=0))
+    assert crf == CRF(CRFParams(3, 3, 80, 7.5, 10, 0), "torch", "cpu"), crf
+    assert settled_crf(asked(crf_preset="avc")).params == PRESETS["avc"]
+    assert settled_crf(asked(crf=False)) is None
+    assert settled_crf(asked(crf=None), always=True).params == PRESETS["psa"], "step 2 has no --crf, and needs one"
 
 
-@pytest.mark.parametrize("given, identity", [
-    ({}, {"crf_preset": "psa"}),
-    ({"crf_bilateral_sxy": 80.0, "crf_iterations": 10}, {"crf_preset": "psa"}),
-    ({"crf_bilateral_sxy": 60.0, "crf_iterations": 0}, {"crf_preset": "psa", "crf_bilateral_sxy": 60.0,
-                                                        "crf_iterations": 0}),
-    ({"crf_backend": "torch"}, {"crf_preset": "psa", "crf_backend": "torch"}),
+PSA = CRF(PRESETS["psa"], "torch", "cpu")
+
+
+@pytest.mark.parametrize("same, other", [
+    (settled_crf(asked(crf_bilateral_sxy=80.0, crf_iterations=10)), settled_crf(asked(crf_bilateral_sxy=60.0))),
+    (CRF(PRESETS["psa"], "torch", "cuda:1"), CRF(PRESETS["psa"], "pydensecrf", "cpu")),
+    (CRF(CRFParams(3, 3, 80, 13, 10, 10), "torch", "cpu"), CRF(CRFParams(3, 3, 80, 13, 10, 0), "torch", "cpu")),
+    (PSA, None),
 ])
-def test_a_folder_is_told_only_what_departs_from_the_preset_and_pydensecrf(given, identity):
-    found = masks.crf_identity({**options(crf_backend="pydensecrf"), **given})
-    assert found == identity, found  # so that folders from before these flags keep their masks
+def test_what_decides_the_masks_of_a_crf_is_its_parameters_and_its_backend(same, other):
+    assert crf_identity(same, 512) == crf_identity(PSA, 512), f"{same} is taken for another CRF"
+    assert crf_identity(other, 512) != crf_identity(PSA, 512), f"{other} is taken for the same CRF"
+
+
+def test_the_size_that_a_crf_runs_at_decides_its_masks_and_without_one_it_does_not():
+    assert crf_identity(PSA, 512) != crf_identity(PSA, 256) and crf_identity(None, 512) == crf_identity(None, 256)
 
 
 @pytest.mark.parametrize("flag, value, words", [
@@ -58,7 +70,7 @@ def test_a_folder_is_told_only_what_departs_from_the_preset_and_pydensecrf(given
 ])
 def test_a_value_out_of_range_is_refused_in_one_line(flag, value, words, capsys):
     with pytest.raises(SystemExit):
-        run_inference.build_parser().parse_args([flag, value])
+        run_inference.main([flag, value])
     (line,) = capsys.readouterr().err.splitlines()
     assert flag in line and words in line, line
 
@@ -66,9 +78,9 @@ def test_a_value_out_of_range_is_refused_in_one_line(flag, value, words, capsys)
 def test_both_alphas_share_one_crf_and_label_as_two_would():
     rng = np.random.default_rng(0)
     image, cam = rng.integers(0, 256, (47, 61, 3), dtype=np.uint8), rng.random((2, 12, 16)).astype(np.float32)
-    keys, alphas, crf = np.array([2, 5]), (4.0, 24.0), masks.chosen_crf(options())
-    found = masks.affinity_label(image, keys, cam, *alphas, crf, 1024)
-    low, high = (masks.decide(image, keys, with_background(resize_maps(cam, (47, 61)), alpha), crf, 1024, 0.5)
+    keys, alphas = np.array([2, 5]), (4.0, 24.0)
+    found = affinity_label(image, keys, cam, LabelConfig(*alphas, PSA, 1024))
+    low, high = (decide(image, keys, with_background(resize_maps(cam, (47, 61)), alpha), PSA, 1024, 0.5)
                  for alpha in alphas)
     expected = np.where(high == 0, np.where(low > 0, 255, 0), np.where(low > 0, low, 255))
     assert len(np.unique(expected)) > 2 and (found == expected).all(), f"{(found != expected).mean():.1%} differ"
@@ -76,8 +88,10 @@ def test_both_alphas_share_one_crf_and_label_as_two_would():
 
 def test_the_scripts_take_single_settings_and_write_them_down(without_pydensecrf):
     manifest = read_json(without_pydensecrf.folder / "output" / "deeplab_test" / "masks" / "manifest.json")
-    found = {name: value for name, value in manifest["identity"].items() if name.startswith("crf_")}
-    assert found == {"crf_preset": "seamv1", "crf_iterations": 2, "crf_bilateral_srgb": 9.0, "crf_backend": "torch"}, found
+    expected, identity = {**vars(PRESETS["seamv1"]), "bilateral_srgb": 9.0, "iterations": 2}, manifest["identity"]
+    assert identity["crf"] == expected and identity["crf_backend"] == "torch", identity
+    options = {name: manifest["options"][name] for name in ("crf_preset", "crf_bilateral_srgb", "crf_iterations")}
+    assert options == {"crf_preset": "seamv1", "crf_bilateral_srgb": 9.0, "crf_iterations": 2}, options
 
 
 # --- without pydensecrf ---------------------------------------------------------------------------------------------
@@ -100,13 +114,13 @@ def test_auto_takes_pydensecrf_in_silence_where_it_is_there(capsys):
 @chain
 def without_pydensecrf(folder, get):
     """Steps 2, 3, 4 and 6 in a copy of the pipeline by interpreters, workers included, that find no pydensecrf."""
-    copy(get("pipeline").folder, folder, without=("affinity_labels", "walks", "masks"))
+    copy(get("pipeline").folder, folder, without=("affinity_labels", "walks", "masks", "inference"))
     (folder / "hidden").mkdir()
     (folder / "hidden" / "sitecustomize.py").write_text("import sys\nsys.modules['pydensecrf'] = None\n")
     commands = {3: ("run_inference.py", "--model_path", STAGE2, "--device", "cpu", "--workers", 2),
                 4: ("run_eval.py", *MACHINE, "--no-crf"),
                 6: ("test_deeplab.py", "--scales", 1, *MACHINE, "--crf_iterations", 2, "--crf_bilateral_srgb", 9),
-                2: ("run_train.py", "--stage", 2, *SMALL)}
+                2: ("run_train.py", "--stage", 2, *SMALL, "--overwrite")}
     runs = fork(folder, [(folder, command) for command in commands.values()],
                 env={"PYTHONPATH": str(folder / "hidden")})
     return SimpleNamespace(folder=folder, runs=dict(zip(commands, runs)), first=get("pipeline").folder)

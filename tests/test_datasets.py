@@ -1,12 +1,22 @@
-"""Datasets: the official Pet layout and the plain folder, pictures of every kind, and every refusal with its remedy."""
+"""Datasets: Pet, the plain folder, pictures of every kind, stamps, the registry, every refusal with its remedy."""
+import os
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
+from trees import opened
 
-from utils.datasets import open_dataset
+from utils import distributed
+from utils.config import DataConfig
+from utils.datasets import DATASETS, Dataset, Layout, open_dataset
+from utils.datasets.base import image_files
 from utils.errors import UserError
 from utils.images import image_size, read_image
-from utils.layouts.base import image_files
+from utils.labels import read_mask
+from utils.recipes import by_step
 
 H, W = 6, 8
 TRIMAP = np.array([[1, 1, 2, 2, 3, 3, 1, 2]] * H, np.uint8)
@@ -63,7 +73,7 @@ def folder(tmp_path):
 def refusal(*arguments, **keywords):
     """The one line that opening a dataset with these arguments is refused with."""
     with pytest.raises(UserError) as caught:
-        open_dataset(*arguments, **keywords)
+        opened(*arguments, **keywords)
     text = str(caught.value)
     assert "\n" not in text, f"more than one line: {text!r}"
     return text
@@ -77,7 +87,7 @@ def assert_says(text, *parts):
 # --- Pet -----------------------------------------------------------------------------------------------------------
 
 def test_class_ids_with_gaps_become_indices_in_their_order(pet):
-    dataset = open_dataset("pet", pet)
+    dataset = opened("pet", pet)
     assert dataset.classes == ["Abyssinian", "beagle", "Persian"], dataset.classes
     assert dataset.ids == ["Persian_1", "beagle_1", "Persian_2"], dataset.ids
     assert dataset.labels.tolist() == [[0, 0, 1], [0, 1, 0], [0, 0, 1]], dataset.labels.tolist()
@@ -86,7 +96,7 @@ def test_class_ids_with_gaps_become_indices_in_their_order(pet):
 
 def test_names_of_several_words_lose_only_their_number(pet):
     write_lists(pet, {"list": [("english_cocker_spaniel_12", 1), *LISTS["trainval"]], "test": []})
-    assert open_dataset("pet", pet).classes[0] == "english_cocker_spaniel"
+    assert opened("pet", pet).classes[0] == "english_cocker_spaniel"
 
 
 @pytest.mark.parametrize("lists", [{"list"}, {"trainval", "test"}, {"list", "trainval", "test"}])
@@ -95,20 +105,20 @@ def test_classes_are_the_same_in_every_split(pet, lists):
     write_lists(pet, {"part": LISTS["test"]})
     for name in {"list", "trainval", "test"} - lists:
         (pet / "annotations" / f"{name}.txt").unlink()
-    found = {split: open_dataset("pet", pet, split).classes for split in lists | {"part"}}
+    found = {split: opened("pet", pet, split).classes for split in lists | {"part"}}
     assert all(classes == ["Abyssinian", "beagle", "Persian"] for classes in found.values()), found
 
 
 def test_a_class_that_only_the_chosen_split_has_is_known(pet):
     write_lists(pet, {"extra": [("Sphynx_1", 4)]})
     save_picture(pet / "images" / "Sphynx_1.jpg")
-    dataset = open_dataset("pet", pet, "extra")
+    dataset = opened("pet", pet, "extra")
     assert dataset.classes == ["Abyssinian", "beagle", "Sphynx", "Persian"], dataset.classes
     assert dataset.labels.tolist() == [[0, 0, 1, 0]], dataset.labels.tolist()
 
 
 def test_the_trimap_becomes_class_background_and_ignored(pet):
-    dataset = open_dataset("pet", pet)
+    dataset = opened("pet", pet)
     for index, label in enumerate([3, 2, 3]):
         mask = dataset.mask(index)
         assert mask.dtype == np.uint8 and mask[0].tolist() == [label, label, 0, 0, 255, 255, label, 0], mask[0]
@@ -117,18 +127,18 @@ def test_the_trimap_becomes_class_background_and_ignored(pet):
 def test_a_palette_trimap_reads_as_its_indices(pet):
     picture = palette_picture(TRIMAP, [0, 0, 0, 200, 10, 10, 9, 9, 9, 8, 8, 8])
     picture.save(pet / "annotations" / "trimaps" / "Persian_1.png")
-    assert open_dataset("pet", pet).mask(0)[0].tolist() == [3, 3, 0, 0, 255, 255, 3, 0]
+    assert opened("pet", pet).mask(0)[0].tolist() == [3, 3, 0, 0, 255, 255, 3, 0]
 
 
 def test_limit_and_ids_choose_images_and_keep_their_labels(pet, tmp_path):
     (tmp_path / "ids.txt").write_text("# mine\nPersian_2\n\nbeagle_1\nnot_here_9\n")
-    chosen = open_dataset("pet", pet, ids_file=tmp_path / "ids.txt")
+    chosen = opened("pet", pet, ids=tmp_path / "ids.txt")
     assert chosen.ids == ["beagle_1", "Persian_2"], chosen.ids
     assert chosen.labels.argmax(1).tolist() == [1, 2] and len(chosen.classes) == 3, chosen.labels.tolist()
     assert [chosen.image_path(i).stem for i in range(2)] == chosen.ids, chosen.files
     assert [np.unique(chosen.mask(i)).tolist() for i in range(2)] == [[0, 2, 255], [0, 3, 255]]
-    assert open_dataset("pet", pet, limit=2).ids == ["Persian_1", "beagle_1"]
-    assert open_dataset("pet", pet, limit=1, ids_file=tmp_path / "ids.txt").ids == ["beagle_1"]
+    assert opened("pet", pet, limit=2).ids == ["Persian_1", "beagle_1"]
+    assert opened("pet", pet, limit=1, ids=tmp_path / "ids.txt").ids == ["beagle_1"]
 
 
 def test_without_trimaps_the_split_opens_and_its_masks_are_refused(pet):
@@ -136,7 +146,7 @@ def test_without_trimaps_the_split_opens_and_its_masks_are_refused(pet):
         path.unlink()
     (pet / "annotations" / "trimaps").rmdir()
     with pytest.raises(UserError, match="no ground truth for split trainval .no folder annotations/trimaps"):
-        open_dataset("pet", pet).mask(0)
+        opened("pet", pet).mask(0)
 
 
 @pytest.mark.parametrize("name, remedy", [("pet", "python -m data.make_toy"), ("folder", "or create it")])
@@ -161,7 +171,7 @@ def test_ids_without_an_image_are_refused_with_the_first_and_the_count(pet):
     for image_id in ("beagle_1", "Persian_2"):
         (pet / "images" / f"{image_id}.jpg").unlink()
     assert_says(refusal("pet", pet), "names beagle_1 (and 1 more)", "correct the split file")
-    assert open_dataset("pet", pet, limit=1).ids == ["Persian_1"], "an image that is not asked for was missed"
+    assert opened("pet", pet, limit=1).ids == ["Persian_1"], "an image that is not asked for was missed"
 
 
 def test_an_empty_split_is_refused(pet):
@@ -171,7 +181,7 @@ def test_an_empty_split_is_refused(pet):
 
 def test_ids_without_a_match_are_refused_with_their_file(pet, tmp_path):
     (tmp_path / "ids.txt").write_text("Persian\n")
-    assert_says(refusal("pet", pet, ids_file=tmp_path / "ids.txt"), "holds no image", tmp_path / "ids.txt", "--split")
+    assert_says(refusal("pet", pet, ids=tmp_path / "ids.txt"), "holds no image", tmp_path / "ids.txt", "--split")
 
 
 @pytest.mark.parametrize("line", ["Persian_9", "Persian_9 six 1 1", "Persian_9 -1 1 1"])
@@ -183,14 +193,14 @@ def test_a_malformed_line_is_refused_and_shown(pet, line):
 
 def test_a_list_that_is_no_text_is_refused(pet, tmp_path):
     (tmp_path / "ids.txt").write_bytes(b"\xff\xfe\x00\x81")
-    assert_says(refusal("pet", pet, ids_file=tmp_path / "ids.txt"), "ids.txt is not a text file", "replace it")
-    assert_says(refusal("pet", pet, ids_file=pet / "images"), "cannot read", "name a text file")
-    assert_says(refusal("pet", pet, ids_file=tmp_path / "gone.txt"), "no file", "gone.txt")
+    assert_says(refusal("pet", pet, ids=tmp_path / "ids.txt"), "ids.txt is not a text file", "replace it")
+    assert_says(refusal("pet", pet, ids=pet / "images"), "cannot read", "name a text file")
+    assert_says(refusal("pet", pet, ids=tmp_path / "gone.txt"), "no file", "gone.txt")
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_id(pet, tmp_path):
     (tmp_path / "ids.txt").write_text("\ufeffPersian_1\r\n", encoding="utf-8")
-    assert open_dataset("pet", pet, ids_file=tmp_path / "ids.txt").ids == ["Persian_1"]
+    assert opened("pet", pet, ids=tmp_path / "ids.txt").ids == ["Persian_1"]
 
 
 TRIMAP_FAULTS = {
@@ -210,8 +220,25 @@ def test_a_trimap_is_refused_if_it_is(pet, fault):
     spoil, parts = TRIMAP_FAULTS[fault]
     spoil(path)
     with pytest.raises(UserError) as caught:
-        open_dataset("pet", pet).mask(0)
+        opened("pet", pet).mask(0)
     assert_says(str(caught.value), path, *parts)
+
+
+@pytest.mark.parametrize("fault", ["in colours", "truncated", "of text"])
+def test_ground_truth_and_masks_are_refused_by_the_same_reader(pet, fault):
+    path = pet / "annotations" / "trimaps" / "Persian_1.png"
+    TRIMAP_FAULTS[fault][0](path)
+    with pytest.raises(UserError) as of_truth:
+        opened("pet", pet).mask(0)
+    with pytest.raises(UserError) as of_mask:
+        read_mask(path)
+    assert str(of_truth.value) == str(of_mask.value), f"{of_truth.value} | {of_mask.value}"
+
+
+def test_a_mask_too_large_to_be_true_is_refused(pet, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", H * W // 3)
+    with pytest.raises(UserError, match="cannot decode .*Persian_1.png .*decompression bomb"):
+        read_mask(pet / "annotations" / "trimaps" / "Persian_1.png")
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------
@@ -308,44 +335,44 @@ def test_images_are_found_by_stem_under_any_suffix(tmp_path):
 # --- a plain folder ------------------------------------------------------------------------------------------------
 
 def test_a_folder_reads_several_one_and_no_labels(folder):
-    dataset = open_dataset("folder", folder)
+    dataset = opened("folder", folder)
     assert dataset.classes == ["sky", "tree"] and dataset.ids == ["a", "b", "c"], (dataset.classes, dataset.ids)
     assert dataset.labels.tolist() == [[1, 1], [0, 0], [1, 0]], dataset.labels.tolist()
     assert (dataset.split, dataset.training_splits) == ("all", ("all",)), (dataset.split, dataset.training_splits)
 
 
 def test_a_header_in_labels_csv_is_optional(folder):
-    with_header = open_dataset("folder", folder)
+    with_header = opened("folder", folder)
     (folder / "labels.csv").write_text("# no header\na, tree ; sky\nb,\nc,sky\n")
-    without = open_dataset("folder", folder)
+    without = opened("folder", folder)
     assert without.ids == with_header.ids and without.classes == with_header.classes, (without.ids, without.classes)
     assert (without.labels == with_header.labels).all(), without.labels.tolist()
 
 
 def test_classes_txt_sets_the_order_and_may_name_more(folder):
     (folder / "classes.txt").write_text("tree\ncar\nsky\n")
-    dataset = open_dataset("folder", folder)
+    dataset = opened("folder", folder)
     assert dataset.classes == ["tree", "car", "sky"], dataset.classes
     assert dataset.labels.tolist() == [[1, 0, 1], [0, 0, 0], [0, 0, 1]], dataset.labels.tolist()
 
 
 def test_train_txt_is_the_training_split_where_it_exists(folder):
     (folder / "train.txt").write_text("c\na\n")
-    dataset = open_dataset("folder", folder)
+    dataset = opened("folder", folder)
     assert dataset.ids == ["c", "a"] and (dataset.split, dataset.training_splits) == ("train", ("train",)), dataset.ids
     assert dataset.labels.tolist() == [[1, 0], [1, 1]], dataset.labels.tolist()
-    assert len(open_dataset("folder", folder, "all")) == 3
+    assert len(opened("folder", folder, "all")) == 3
 
 
 def test_masks_of_a_folder_read_as_they_are(folder):
-    dataset = open_dataset("folder", folder)
+    dataset = opened("folder", folder)
     assert dataset.mask(0)[0].tolist() == [0, 1, 2, 255], dataset.mask(0)[0]
 
 
 def test_a_mask_with_a_class_too_many_is_refused(folder):
     save_grey(folder / "masks" / "b.png", [[0, 1, 3, 255]] * H)
     with pytest.raises(UserError) as caught:
-        open_dataset("folder", folder).mask(1)
+        opened("folder", folder).mask(1)
     assert_says(str(caught.value), folder / "masks" / "b.png", "holds the value 3", "0 to 2 and 255")
 
 
@@ -376,3 +403,186 @@ def test_a_folder_without_labels_csv_is_refused(folder):
 def test_only_pet_can_be_downloaded_and_only_into_its_own_name(tmp_path):
     for name, root in (("folder", tmp_path / "oxford-iiit-pet"), ("pet", tmp_path / "pets")):
         assert_says(refusal(name, root, download=True), "--download fetches --dataset pet", "oxford-iiit-pet", root)
+
+
+# --- stamps ---------------------------------------------------------------------------------------------------------
+
+def changed(before, after):
+    """The positions whose stamps differ."""
+    assert len(before) == len(after), f"{len(before)} stamps, then {len(after)}"
+    return [index for index, (old, new) in enumerate(zip(before, after)) if old != new]
+
+
+def later(path, nanoseconds=1):
+    """Move a file's time of change by so little."""
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + nanoseconds))
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_stamps_are_short_distinct_and_the_same_when_nothing_changed(pet, labels):
+    stamps = opened("pet", pet).stamps(labels)
+    assert opened("pet", pet).stamps(labels) == stamps
+    assert len(set(stamps)) == 3, stamps
+    assert all(8 <= len(stamp) <= 16 and int(stamp, 16) >= 0 for stamp in stamps), stamps
+
+
+def longer(path):
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def renamed(path):
+    return path.rename(path.with_suffix(".png"))
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("replace", [later, longer, renamed])
+def test_a_replaced_photo_changes_its_own_stamp_alone(pet, replace, labels):
+    """By its time of change, its size or its name, the other two being the same."""
+    before = opened("pet", pet).stamps(labels)
+    path = pet / "images" / "beagle_1.jpg"
+    old = path.stat()
+    path = replace(path) or path
+    if replace is not later:
+        os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert changed(before, opened("pet", pet).stamps(labels)) == [1]
+
+
+def test_a_corrected_line_in_labels_csv_changes_its_stamp_where_labels_count(folder):
+    before = {labels: opened("folder", folder).stamps(labels) for labels in (False, True)}
+    text = (folder / "labels.csv").read_text()
+    (folder / "labels.csv").write_text(text.replace("b,\n", "b,sky\n"))
+    dataset = opened("folder", folder)
+    assert changed(before[True], dataset.stamps(True)) == [1], dataset.labels.tolist()
+    assert changed(before[False], dataset.stamps(False)) == [], "labels count though they were not to"
+
+
+def test_a_new_class_changes_every_stamp_where_labels_count(folder):
+    before = {labels: opened("folder", folder).stamps(labels) for labels in (False, True)}
+    (folder / "classes.txt").write_text("sky\ntree\ncar\n")
+    dataset = opened("folder", folder)
+    assert changed(before[True], dataset.stamps(True)) == [0, 1, 2], dataset.classes
+    (folder / "classes.txt").write_text("sky\nbush\n")  # the same rows under another name
+    (folder / "labels.csv").write_text((folder / "labels.csv").read_text().replace("tree", "bush"))
+    dataset = opened("folder", folder)
+    assert changed(before[True], dataset.stamps(True)) == [0, 1, 2], dataset.classes
+    assert changed(before[False], dataset.stamps(False)) == []
+
+
+def test_a_corrected_line_in_trainval_txt_changes_its_stamp_where_labels_count(pet):
+    before = {labels: opened("pet", pet).stamps(labels) for labels in (False, True)}
+    path = pet / "annotations" / "trainval.txt"
+    path.write_text(path.read_text().replace("Persian_1 6", "Persian_1 2"))
+    dataset = opened("pet", pet)
+    assert dataset.labels.argmax(1).tolist() == [1, 1, 2] and dataset.classes[1] == "beagle", dataset.labels.tolist()
+    assert changed(before[True], dataset.stamps(True)) == [0]
+    assert changed(before[False], dataset.stamps(False)) == [], "labels count though they were not to"
+
+
+def test_a_copy_with_the_same_times_has_the_same_stamps(pet, tmp_path):
+    copy = shutil.copytree(pet, tmp_path / "copy")  # copies times too
+    for labels in (False, True):
+        assert opened("pet", copy).stamps(labels) == opened("pet", pet).stamps(labels)
+
+
+def test_a_split_without_labels_has_stamps(pet):
+    dataset = opened("pet", pet)
+    dataset.labels = None
+    assert len(set(dataset.stamps(True))) == 3 and dataset.stamps(False) == opened("pet", pet).stamps(False)
+
+
+def test_stamps_of_a_part_are_those_of_the_whole(pet):
+    dataset = opened("pet", pet)
+    for labels in (False, True):
+        assert [stamp for _, one in dataset for stamp in one.stamps(labels)] == dataset.stamps(labels)
+
+
+def test_the_stamp_of_a_missing_image_is_refused_as_the_image_is(pet):
+    dataset = opened("pet", pet)
+    dataset.image_path(1).unlink()
+    with pytest.raises(UserError) as of_image:
+        dataset.image(1)
+    with pytest.raises(UserError) as of_stamps:
+        dataset.stamps(False)
+    assert str(of_stamps.value) == str(of_image.value), f"{of_stamps.value} | {of_image.value}"
+    assert_says(str(of_stamps.value), "no image", "beagle_1.jpg")
+
+
+# --- the registry ----------------------------------------------------------------------------------------------------
+
+class Arrays(Dataset):
+    """Images that are .npy files."""
+
+    def image(self, index):
+        return np.load(self.image_path(index))
+
+    def size(self, index):
+        return self.image(index).shape[:2]
+
+    def mask(self, index):
+        return (self.image(index)[..., 0] > 100).astype(np.uint8)
+
+
+def open_arrays(root, split, difficult):
+    files = sorted(path.name for path in root.glob("*.npy"))
+    ids = [name.removesuffix(".npy") for name in files]
+    return Arrays("toy", root, split or "all", ("all",), ["thing"], ids, np.ones((len(ids), 1), np.uint8), root, files)
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    monkeypatch.setitem(DATASETS, "toy", Layout(open_arrays, "data/toy"))
+    for index, value in enumerate((90, 200)):
+        np.save(tmp_path / f"x{index}.npy", np.full((H, W, 3), value, np.uint8))
+    return tmp_path
+
+
+def test_a_dataset_of_ones_own_is_one_line_in_the_registry(toy):
+    dataset = opened("toy", toy, limit=2)
+    assert [np.unique(one.mask(0)).tolist() for _, one in dataset] == [[0], [1]], "a subset is no longer of its class"
+    assert dataset.without(["x0"]).image(0).max() == 200 and dataset.size(1) == (H, W)
+    before = dataset.stamps(True)
+    later(toy / "x1.npy")
+    assert changed(before, dataset.stamps(True)) == [1]
+    assert DATASETS["toy"].defaults == by_step(1024) and DATASETS["toy"].test_split is None
+
+
+def test_each_dataset_says_where_it_is_and_what_it_is_tested_on():
+    found = {name: (layout.data_root, layout.test_split) for name, layout in DATASETS.items()}
+    assert found == {"pet": ("data/oxford-iiit-pet", "test"), "voc": ("data/VOCdevkit/VOC2012", "val"),
+                     "coco": ("data/coco", "val"), "folder": ("data/mine", None)}, found
+    sizes = {name: {flags["max_size"] for flags in layout.defaults.values()} for name, layout in DATASETS.items()}
+    assert sizes == {"pet": {512}, "voc": {1024}, "coco": {1024}, "folder": {1024}}, sizes
+    published = [name for name, layout in DATASETS.items() if layout.defaults["masks"].get("beta") == 8.0]
+    assert published == ["voc", "coco"], published
+
+
+def test_an_unknown_dataset_is_refused_with_those_there_are(tmp_path):
+    assert_says(refusal("imagenet", tmp_path), "'imagenet'", "--dataset pet, voc, coco, folder")
+
+
+def test_whether_difficult_objects_count_reaches_the_layout(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setitem(DATASETS, "toy", Layout(lambda root, split, difficult: said.append(difficult)
+                                                or open_arrays(root, split, difficult), "data/toy"))
+    np.save(tmp_path / "x.npy", np.zeros((H, W, 3), np.uint8))
+    for difficult in (True, False):
+        open_dataset(DataConfig("toy", str(tmp_path), difficult=difficult))
+    assert said == [True, False], said
+
+
+@pytest.mark.parametrize("module", ["utils.datasets", "utils.datasets.base", "utils.datasets.coco", "utils.store",
+                                    "utils.labels", "data.prepare_coco"])
+def test_whichever_module_is_imported_first_it_loads_without_torch(module):
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "False", f"{done.stdout} {done.stderr[-500:]}"
+
+
+def test_each_rank_has_its_part_of_the_images(pet, monkeypatch):
+    dataset = opened("pet", pet)
+    assert dataset.share() is dataset
+    for rank, ids in enumerate((["Persian_1", "Persian_2"], ["beagle_1"])):
+        monkeypatch.setattr(distributed, "world", lambda: 2)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        assert dataset.share().ids == ids, dataset.share().ids

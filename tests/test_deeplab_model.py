@@ -9,11 +9,12 @@ from torch.nn import functional as F
 
 from models.deeplab import DeepLab, segmentation_loss
 from models.resnet38 import ResNet38
-from src.segment import multi_scale_probabilities
+from src.pipeline import DeepLabPipeline
+from utils.config import Machine, MapConfig
 
 
 class Stub(nn.Module):
-    """A trunk of one convolution at stride 8."""
+    """A backbone of one convolution at stride 8."""
     stages, stride = ("first", "second", "third"), 8
 
     def __init__(self, last=24):
@@ -95,7 +96,10 @@ def test_scales_are_merged_as_published(merge, flip):
     torch.manual_seed(0)
     model, grid = DeepLab(Stub(), classes=3).eval(), (5, 7)
     views = [torch.randn(3, 33, 49), torch.randn(3, 65, 97)]
-    found = multi_scale_probabilities(model, views, grid, flip, merge, torch.device("cpu"), "fp32")
+    payload, machine = {"networks": {}, "classes": []}, Machine(torch.device("cpu"))
+    pipeline = DeepLabPipeline(payload, MapConfig(flip=flip), merge, machine)
+    pipeline.deeplab = model
+    found = pipeline.merged(views, grid)
     with torch.no_grad():
         maps = [model(view[None]) for view in views]
         maps += [model(view.flip(-1)[None]).flip(-1) for view in views if flip]
@@ -106,7 +110,7 @@ def test_scales_are_merged_as_published(merge, flip):
 
 
 @pytest.mark.parametrize("size, grid", [((65, 97), (9, 13)), ((64, 71), (8, 9))])
-def test_logits_lie_on_the_trunk_grid_at_odd_sizes(size, grid):
+def test_logits_lie_on_the_backbones_grid_at_odd_sizes(size, grid):
     model = DeepLab(ResNet38(width=0.05), classes=5).eval()
     with torch.no_grad():
         logits = model(torch.randn(2, 3, *size))
@@ -114,10 +118,10 @@ def test_logits_lie_on_the_trunk_grid_at_odd_sizes(size, grid):
 
 
 @pytest.mark.parametrize("last, hidden", [(24, 24), (512, 512), (2048, 512)])
-def test_head_is_as_wide_as_the_trunk_but_at_most_512(last, hidden):
+def test_head_is_as_wide_as_the_backbone_but_at_most_512(last, hidden):
     with torch.device("meta"):
         width = DeepLab(Stub(last), classes=3).head.conv_fov.out_channels
-    assert width == hidden, f"{width} channels behind a trunk of {last}, not {hidden}"
+    assert width == hidden, f"{width} channels behind a backbone of {last}, not {hidden}"
 
 
 def test_dilation_and_dropout_can_be_set():
@@ -140,12 +144,12 @@ def test_classes_start_alike():
     assert abs(loss - math.log(21)) < 0.1, f"first loss {loss:.3f}, log(21) = {math.log(21):.3f}"
 
 
-def test_head_still_learns_when_the_trunk_is_frozen():
+def test_head_still_learns_when_the_backbone_is_frozen():
     model = DeepLab(Stub(), classes=3).freeze(blocks=1, bn="frozen").train()
     segmentation_loss(model(torch.randn(2, 3, 33, 33)), torch.randint(0, 3, (2, 33, 33))).backward()
     missing = [name for name, parameter in model.head.named_parameters() if parameter.grad is None]
     assert not missing, f"no gradient for {missing}"
-    assert model.trunk.conv.weight.grad is None and model.head.bn_fov.training
+    assert model.backbone.conv.weight.grad is None and model.head.bn_fov.training
 
 
 @pytest.mark.parametrize("size", [(9, 13), (17, 25), (10, 11)])

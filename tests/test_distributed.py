@@ -1,4 +1,9 @@
-"""Two processes do what one does: the same losses up to rounding, the same files, the same scores; and none hangs."""
+"""Two ranks do what one does: the same steps, files and scores; and none hangs.
+
+The same steps, up to rounding, hold for networks without dropout whose normalisation is frozen. Dropout is drawn by
+each rank for itself, and on CPUs normalisation that learns takes the statistics of a rank's own images: then gradients
+and losses of the ranks still add up, as tests/float64_steps.py shows, but not to those of one rank.
+"""
 import json
 import os
 import signal
@@ -15,7 +20,6 @@ from script_runs import DATA, MACHINE, ROOT, STAGE2, chain, checkpoint, copy, en
 
 from data.make_toy import make_toy
 
-# Frozen normalisation: with statistics of two or three tiny images rounding grows tenfold a step.
 TRAIN = ("--backbone", "resnet18", "--pretrained", "none", "--epochs", 2, "--batch_size", 5, "--crop_size", 65,
          "--lr", 0.001, *MACHINE)
 STAGE1 = "output/stage1_resnet18/model_best.pth.tar"
@@ -28,9 +32,9 @@ TRAININGS = [  # (run folder, command)
     ("output/two5", ("train_deeplab.py", *TRAIN)),
     ("output/two5m", ("train_deeplab.py", *TRAIN, "--bn", "frozen", "--head", "mctformer")),
 ]
-# Of AVC some terms are means of the processes' own means. In output/two5 normalisation learns: two processes are as far
-# from one as one in float32 is from one in float64.
-TOLERANCE = {"output/two_avc": 0.02, "output/two5": 2e-3}
+# Those that draw (dropout, and the second view of AVC), and how far, relative to the loss, other draws may take them:
+# less than a loss that is counted twice or by half.
+LOOSE = {"output/two1": 0.1, "output/two_avc": 0.2, "output/two5": 0.1}
 SPLITS = [
     ("run_train.py", "--stage", 1, "--model_path", STAGE1, "--cam_dir", "two/cams", *MACHINE),
     ("run_inference.py", "--model_path", "two/model_best.pth.tar", "--output_dir", "two/masks", *MACHINE),
@@ -57,7 +61,7 @@ def processes(folder, jobs, world):
 
 @chain
 def both(folder, get):
-    """The same jobs in one process and in two, each in a copy of the pipeline.  (one, two): .folder, .said."""
+    """The same jobs by one rank and by two, each in a copy of the pipeline.  (one, two): .folder, .said."""
     results = []
     for name, world in (("one", 1), ("two", 2)):
         home = copy(get("pipeline").folder, folder / name)
@@ -75,29 +79,36 @@ def steps(folder, run):
 
 
 @pytest.mark.parametrize("run", [run for run, _ in TRAININGS])
-def test_two_processes_have_the_loss_curve_of_one(both, run):
+def test_two_ranks_take_as_many_steps_as_one_at_the_same_rates(both, run):
     (one, ends), (two, other_ends) = (steps(result.folder, run) for result in both)
-    assert len(one) == len(two) > 3, f"{len(one)} and {len(two)} steps"
-    tolerance = TOLERANCE.get(run, 1e-4)
+    assert len(one) == len(two) > 3 and len(ends) == len(other_ends) == 2, f"{len(one)} and {len(two)} steps"
+    assert [line["lrs"] for line in one] == [line["lrs"] for line in two]
+    found = [checkpoint(result.folder / run / "checkpoint.pth.tar")["processes"] for result in both]
+    assert found == [1, 2], f"{found} processes"
+
+
+@pytest.mark.parametrize("run", [run for run, _ in TRAININGS if run not in LOOSE])
+def test_two_ranks_have_the_loss_curve_and_the_weights_of_one_without_dropout_and_with_frozen_norms(both, run):
+    (one, ends), (two, other_ends) = (steps(result.folder, run) for result in both)
     for a, b in zip(one, two):
-        for name in ("loss", "grad_norm", "bg", "fg", "neg"):
-            if name in a and (name != "grad_norm" or run not in TOLERANCE):
-                assert abs(a[name] - b[name]) <= tolerance * (1 + abs(a[name])), \
-                    f"step {a['step']}: {name} is {a[name]} in one process and {b[name]} in two"
-        assert a["lrs"] == b["lrs"], f"{a['lrs']} and {b['lrs']}"
+        for name in {"loss", "grad_norm", "bg", "fg", "neg"} & a.keys():
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5 * a["loss"]), \
+                f"step {a['step']}: {name} is {a[name]} of one rank and {b[name]} of two"
     for a, b in zip(ends, other_ends):
-        assert abs(a["validation"]["score"] - b["validation"]["score"]) < 1e-3, f"{a} and {b}"
-
-
-@pytest.mark.parametrize("run", [run for run, _ in TRAININGS if run not in TOLERANCE])
-def test_two_processes_end_with_the_weights_of_one(both, run):
-    one, two = (checkpoint(result.folder / run / "checkpoint.pth.tar") for result in both)
-    assert (one["processes"], two["processes"]) == (1, 2), "not as many processes as asked for"
-    name = next(iter(one["networks"]))
-    for key, value in one["networks"][name]["state"].items():
-        other = two["networks"][name]["state"][key]
-        gap = (value.double() - other.double()).abs().max() / value.double().abs().max().clamp(min=1e-6)
+        assert b["validation"]["score"] == pytest.approx(a["validation"]["score"], rel=1e-3), f"{a} and {b}"
+    first, second = (checkpoint(result.folder / run / "checkpoint.pth.tar")["networks"] for result in both)
+    name = next(iter(first))
+    for key, value in first[name]["state"].items():
+        value, other = value.double(), second[name]["state"][key].double()
+        gap = (value - other).abs().max() / value.abs().max().clamp(min=1e-6)
         assert gap < 1e-3, f"{run}: {key} differs by {gap:.1e} of its largest value"
+
+
+@pytest.mark.parametrize("run", LOOSE)
+def test_with_draws_of_their_own_the_losses_of_two_ranks_are_near_those_of_one(both, run):
+    for a, b in zip(*(steps(result.folder, run)[0] for result in both)):
+        assert b["loss"] == pytest.approx(a["loss"], rel=LOOSE[run]), \
+            f"step {a['step']}: the loss is {a['loss']} of one rank and {b['loss']} of two"
 
 
 def _numbers(value, name=""):
@@ -108,10 +119,11 @@ def _numbers(value, name=""):
     return [(name, value)]
 
 
-def test_in_float64_two_processes_take_the_steps_of_one(both):
-    """Learning normalisation, dropout and uneven counts of pixels and pairs included: nothing but rounding differs."""
-    one, two = (dict(_numbers(read_json(result.folder / "float64.json"))) for result in both)
-    assert one.keys() == two.keys() and len(one) > 400, f"{len(one)} and {len(two)} numbers"
+@pytest.mark.parametrize("how", ["whole", "by rank"])
+def test_in_float64_nothing_but_rounding_differs(both, how):
+    """Uneven counts of pixels and pairs included: see tests/float64_steps.py for what two ranks do by which rules."""
+    one, two = (dict(_numbers(read_json(result.folder / "float64.json")[how])) for result in both)
+    assert one.keys() == two.keys() and len(one) > 250, f"{len(one)} and {len(two)} numbers"
     gaps = {name: abs(one[name] - two[name]) / max(abs(one[name]), 1e-9) for name in one}
     worst = max(gaps, key=gaps.get)
     assert gaps[worst] < 1e-10, f"{worst} is {one[worst]} in one process and {two[worst]} in two"
@@ -120,7 +132,7 @@ def test_in_float64_two_processes_take_the_steps_of_one(both):
 @pytest.mark.parametrize("place, suffix", [("two/cams", "npz"), ("two/masks", "png"), ("two/deeplab/masks", "png"),
                                            ("output/two2/affinity_labels", "png"), ("two/deeplab/scores", "npz"),
                                            ("two/scores/walk_trainval_gt", "npz")])
-def test_every_split_step_makes_the_same_files_in_two_processes(both, place, suffix):
+def test_every_split_step_makes_the_same_files_in_two_ranks(both, place, suffix):
     one, two = ({path.name: path.read_bytes() for path in (result.folder / place).glob(f"*.{suffix}")}
                 for result in both)
     assert len(one) >= 6 and one.keys() == two.keys(), f"{sorted(one)} and {sorted(two)}"
@@ -130,7 +142,7 @@ def test_every_split_step_makes_the_same_files_in_two_processes(both, place, suf
         differing = [name for name in one if one[name] != two[name]]
     assert not differing, f"{len(differing)} of {len(one)} differ, such as {differing[0]}"
     manifests = [read_json(result.folder / place / "manifest.json") for result in both]
-    assert [manifest["processes"] for manifest in manifests] == [1, 2], "one process did all of the work"
+    assert [manifest["processes"] for manifest in manifests] == [1, 2], "one rank did all of the work"
     assert manifests[0]["images"] == manifests[1]["images"] and manifests[1]["complete"]
 
 
@@ -140,7 +152,7 @@ def _same_arrays(first, second):
 
 
 @pytest.mark.parametrize("folder", ["two/eval", "two/deeplab"])
-def test_two_processes_count_the_same_scores(both, folder):
+def test_two_ranks_count_the_same_scores(both, folder):
     one, two = (read_json(result.folder / folder / "scores.json") for result in both)
     for name in ("images", "labels", "classes", "image_fg_iou"):
         assert one[name] == two[name] and list(one["image_fg_iou"]) == list(two["image_fg_iou"]), name
@@ -150,7 +162,7 @@ def test_two_processes_count_the_same_scores(both, folder):
                 assert value == pytest.approx(two["scores"][stage][kind][name], abs=1e-9), f"{stage} {kind} {name}"
 
 
-def test_only_the_first_process_speaks(both):
+def test_only_rank_0_speaks(both):
     first, second = both[1].said
     assert "in 2 processes" in first.stderr and "mIoU" in first.stdout, first.stderr[-500:]
     assert not second.stdout and "Step" not in second.stderr, f"{second.stdout}\n{second.stderr}"
@@ -171,7 +183,7 @@ def torchrun(folder, *command):
 
 @chain
 def stopped(folder, get):
-    """SIGTERM to torchrun in the midst of a training run, as from a cluster.  .done, .state."""
+    """SIGTERM to torchrun in the middle of a training run, as from a cluster.  .done, .state, .found: the files."""
     make_toy(folder / DATA, train=12, test=1, classes=2, size=48)
     process, log = torchrun(folder, *COMMAND), folder / "output/run/log.jsonl"
     deadline = time.monotonic() + 120
@@ -185,7 +197,7 @@ def stopped(folder, get):
 
 @chain
 def failed(folder, get):
-    """An image that only one of the processes reads is damaged.  What torchrun's run said, and its seconds."""
+    """An image that only one of the ranks reads is damaged.  .done, .image, .seconds."""
     make_toy(folder / DATA, train=12, test=1, classes=2, size=48)
     image = sorted((folder / DATA / "images").glob("*.jpg"))[3]
     image.write_bytes(image.read_bytes()[:300])
@@ -204,41 +216,41 @@ def test_sigterm_to_torchrun_saves_once_and_says_how_to_go_on(stopped):
     assert not [name for name in stopped.found if name.endswith(".tmp")], sorted(stopped.found)
 
 
-def test_a_failure_in_one_process_ends_all_of_them_with_its_line(failed):
+def test_a_failure_in_one_rank_ends_all_of_them_with_its_line(failed):
     said = failed.done.stderr
     lines = [line for line in said.splitlines() if "Error: cannot decode image" in line]
     assert failed.done.returncode == 1 and len(lines) == 1 and failed.image.name in lines[0], said[-3000:]
     assert "RuntimeError" not in said, said[-3000:]
-    assert failed.seconds < 100, f"it took {failed.seconds:.0f} s: the other process hung"
+    assert failed.seconds < 100, f"it took {failed.seconds:.0f} s: the other rank hung"
 
 
-def test_more_processes_than_images_in_a_step_are_refused(monkeypatch):
-    from src.engine import _check_processes
+def test_more_ranks_than_images_in_a_step_are_refused(monkeypatch):
+    from src.training.loop import check_world
     from utils import distributed
     from utils.errors import UserError
     monkeypatch.setitem(distributed._place, "world", 4)
-    _check_processes(9, 4)
+    check_world(9, 4)
     with pytest.raises(UserError, match="4 processes cannot share steps of 3 images; start fewer, or pass a larger"):
-        _check_processes(9, 3)
+        check_world(9, 3)
 
 
 @pytest.mark.parametrize("count, batch, world", [(13, 5, 2), (13, 4, 3), (16, 5, 4), (21, 5, 1)])
-def test_the_slices_of_all_processes_are_the_batch(count, batch, world):
+def test_the_slices_of_all_ranks_are_the_batch(count, batch, world):
     from utils.loader import EpochBatches
     ranks = [EpochBatches(count, batch, 0, 1, rank=rank, world=world) for rank in range(world)]
     whole, parts = list(EpochBatches(count, batch, 0, 1)), [list(one) for one in ranks]
     merged = [sum(slices, []) for slices in zip(*parts)]
     assert sum(merged, []) == sum(whole, []), "the order is another"
     smallest = min(len(part) for slices in zip(*parts) for part in slices)
-    assert smallest >= 1, f"a process has {smallest} images in a step"
+    assert smallest >= 1, f"a rank has {smallest} images in a step"
     for number, slices in enumerate(zip(*parts)):
         edges = [one.bounds(number) for one in ranks]
         assert [end - first for first, end, _ in edges] == [len(part) for part in slices]
         assert edges[0][0] == 0 and edges[-1][1] == edges[-1][2] == len(merged[number]), edges
 
 
-def test_losses_of_parts_add_up_to_that_of_the_batch():
-    """For all three losses, with parts whose counts of pairs and pixels differ."""
+def test_losses_of_micro_batches_add_up_to_that_of_the_batch():
+    """For all three losses, with micro-batches whose counts of pairs and pixels differ."""
     from models.affinitynet import affinity_loss, pair_counts
     from models.classifier import classification_loss
     from models.deeplab import labelled_pixels, segmentation_loss

@@ -10,19 +10,18 @@ import torch
 from PIL import Image
 from script_runs import MACHINE, SMALL, STAGE2, chain, copy, files, finish, fork, read_json, run, start
 from test_refusals import check_one_line
-from trees import CATEGORIES, VOC_SHOWN, coco_stem, make_coco, make_voc
+from trees import CATEGORIES, VOC_SHOWN, coco_stem, make_coco, make_voc, opened
 
-from src.avc import TERMS
-from src.inference import walk_scores
 from src.masks import decide
+from src.pipeline import Pipeline
+from src.seeds.avc.seed import TERMS
 from src.submission import write_submission
-from utils.artifacts import load_cam
-from utils.datasets import open_dataset
-from utils.errors import UserError
-from utils.layouts.voc import CLASSES
+from utils.config import Machine, MapConfig, WalkConfig
 from utils.crf import CRF, PRESETS
-from utils.random_walk import half_disc
-from utils.visualize import voc_palette
+from utils.datasets.voc import CLASSES
+from utils.errors import UserError
+from utils.files import load_cam
+from utils.labels import voc_palette
 
 ROOTS = {"voc": "data/VOCdevkit/VOC2012", "coco": "data/coco"}  # the scripts' defaults
 
@@ -58,7 +57,7 @@ def done(request):
 
 def labels_of(done):
     """{image id: its zero-based classes} of the training split."""
-    made = open_dataset(done.name, done.root)
+    made = opened(done.name, done.root)
     return {image_id: np.flatnonzero(row).tolist() for image_id, row in zip(made.ids, made.labels)}
 
 
@@ -115,7 +114,7 @@ def test_avc_trains_on_images_of_several_classes_and_makes_a_map_for_each(done, 
     means = [line["mean"] for line in log if "mean" in line][-1]
     assert all(0 <= means[name] < math.inf for name in TERMS) and means["equivariance"] > 0, means
     for image_id, keys in labels_of(done).items():
-        found, cam, _ = load_cam(tmp_path / "cams", image_id)
+        found, cam = load_cam(tmp_path / "cams", image_id)
         assert found.tolist() == keys and cam.shape[0] == len(keys), f"{image_id}: maps of {found}, labels {keys}"
         assert np.isfinite(cam).all() and (not keys or 0 <= cam.min() <= cam.max() <= 1), image_id
 
@@ -139,26 +138,28 @@ def test_the_json_is_parsed_in_the_first_step_alone(coco_run):
 # --- two objects side by side ---------------------------------------------------------------------------------------
 
 def two_halves():
-    """An image of two flat halves on a dark ground, its two peaked CAMs, and affinities of 1 within a colour."""
+    """An image of two flat halves on a dark ground, the kind of each cell, its two peaked CAMs, and a pipeline whose
+    affinities are 1 within a kind and 0 between two."""
     image = np.full((65, 97, 3), 20, np.uint8)
     image[12:53, 8:46], image[12:53, 51:89] = (210, 40, 40), (40, 60, 210)
     kind = (image[::8, ::8, 0] > 100) + 2 * (image[::8, ::8, 2] > 100)  # (9, 13)
     cam = np.zeros((2, 9, 13), np.float32)
     cam[0, 4, 3] = cam[1, 4, 9] = 1
-    offsets = half_disc(3)
-    stencil = torch.zeros(len(offsets), 9, 13)
-    for p, (dy, dx) in enumerate(offsets):
+    walk = WalkConfig(bg_alpha=40.0, beta=8.0, walk_steps=256, walk_eps=1e-4, radius=3)
+    pipeline = Pipeline({"networks": {}, "classes": []}, MapConfig(), walk, Machine(torch.device("cpu")))
+    stencil = torch.zeros(len(pipeline.offsets), 9, 13)
+    for p, (dy, dx) in enumerate(pipeline.offsets):
         for y in range(9 - dy):
             for x in range(max(0, -dx), 13 - max(0, dx)):
                 stencil[p, y, x] = float(kind[y, x] == kind[y + dy, x + dx])
-    return image, kind, cam, stencil, offsets
+    pipeline.stencils = lambda views: [stencil for _ in views]
+    return image, kind, cam, pipeline
 
 
 @pytest.mark.parametrize("crf", [None, CRF(PRESETS["psa"], "torch", "cpu")])
 def test_two_objects_side_by_side_are_both_propagated_and_both_in_the_mask(crf):
-    image, kind, cam, stencil, offsets = two_halves()
-    options = {"bg_alpha": 40.0, "beta": 8.0, "walk_steps": 256, "walk_eps": 1e-4}
-    (probabilities,) = walk_scores([stencil], [cam], offsets, options)
+    image, kind, cam, pipeline = two_halves()
+    (probabilities,) = pipeline.walks([None], [cam])
     assert probabilities.shape == (3, 9, 13)
     for row in (1, 2):
         inside, outside = probabilities[row][kind == row].min(), probabilities[row][kind != row].max()
@@ -167,24 +168,6 @@ def test_two_objects_side_by_side_are_both_propagated_and_both_in_the_mask(crf):
     mask = decide(image, np.array([3, 7]), probabilities / probabilities.sum(axis=0), crf, 512, 0.5)
     left, right = mask[16:49, 12:42], mask[16:49, 55:85]
     assert (left == 4).mean() > 0.99 and (right == 8).mean() > 0.99, f"{np.unique(left)}, {np.unique(right)}"
-
-
-def test_the_common_object_takes_each_place_of_an_image_from_the_class_that_fires_there():
-    from src.train import _sample_descriptors
-
-    class Halves(torch.nn.Module):
-        stages = ("a", "b", "c")
-
-        def forward(self, view):
-            maps = torch.zeros(1, 3, 4, 6)
-            maps[0, 1, :, :3], maps[0, 2, :, 3:] = 1.0, 0.5
-            return dict.fromkeys(self.stages, maps)
-
-    classifier = SimpleNamespace(trunk=Halves(), head=torch.nn.Identity())
-    features, classes, cams = _sample_descriptors(classifier, torch.zeros(1, 3, 8, 8), np.array([1, 2]), 24,
-                                                  torch.Generator().manual_seed(0), "fp32")
-    assert torch.equal(classes, torch.where(features[:, 1] > 0, 1, 2)) and set(classes.tolist()) == {1, 2}
-    assert (cams == 1).all() and len(features) == 24, cams
 
 
 # --- VOC's evaluation server ----------------------------------------------------------------------------------------
@@ -235,7 +218,7 @@ def test_an_archive_of_incomplete_masks_is_refused_and_not_written(voc_run, serv
     words = {"missing": "lacks 1 of the 2 masks of split test, such as 2007_000013", "ignored pixels": "the value 255",
              "another size": "is 9x9 but its image is 74x50"}[fault]
     with pytest.raises(UserError, match=words):
-        write_submission(str(tmp_path / "out.tgz"), masks, open_dataset("voc", voc_run.root, "test"))
+        write_submission(str(tmp_path / "out.tgz"), masks, opened("voc", voc_run.root, "test"))
     assert not [name for name in tmp_path.iterdir() if "out.tgz" in name.name]
 
 

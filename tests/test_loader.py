@@ -1,11 +1,21 @@
 """Samples depend on (seed, epoch, index) alone; every epoch is a permutation that can be taken up in the middle."""
+import pickle
+
 import numpy as np
 import pytest
 import torch
 
+from utils.config import Machine
 from utils.loader import (
-    EpochBatches, TrainingSamples, WholeImages, equal_batches, scaled_views, training_loader, whole_image_loader)
-from utils.transforms import Augmentation
+    EpochBatches,
+    TrainingSamples,
+    Views,
+    WholeImages,
+    equal_batches,
+    training_loader,
+    whole_image_loader,
+)
+from utils.transforms import Augmentation, Normalise
 
 CPU = torch.device("cpu")
 
@@ -24,13 +34,14 @@ class Pictures:
     def image(self, index):
         return self.images[index]
 
-    def target(self, index):
-        return self.images[index][..., 0] % 3
+
+def read(dataset, index):
+    """A label map of three classes."""
+    return dataset.image(index)[..., 0] % 3
 
 
-def samples(seed=0, target=True):
-    pictures = Pictures()
-    return TrainingSamples(pictures, Augmentation(33), seed, pictures.target if target else None)
+def samples(seed=0, read=read):
+    return TrainingSamples(Pictures(), Augmentation(33), seed, read)
 
 
 def loaded(workers, epoch=1, start=0, seed=0):
@@ -41,7 +52,7 @@ def loaded(workers, epoch=1, start=0, seed=0):
 def assert_same(first, second):
     assert len(first) == len(second), f"{len(first)} and {len(second)} batches"
     for number, (a, b) in enumerate(zip(first, second)):
-        different = [name for name in a if not torch.equal(a[name], b[name])]
+        different = [name for name in a if not torch.equal(torch.as_tensor(a[name]), torch.as_tensor(b[name]))]
         assert a.keys() == b.keys() and not different, f"batch {number}: {different} differ"
 
 
@@ -76,7 +87,17 @@ def test_a_sample_carries_its_labels_and_its_target_if_there_is_one():
     sample = samples()[0, 1]
     assert sample["index"] == 1 and sample["labels"].tolist() == [0, 1, 0], sample["labels"]
     assert sample["image"].shape == (3, 33, 33) and sample["target"].shape == (33, 33)
-    assert "target" not in samples(target=False)[0, 1]
+    assert "target" not in samples(read=None)[0, 1]
+
+
+def test_samples_and_whole_images_survive_pickling():
+    """As workers get them that are not forked."""
+    one, other = samples(), pickle.loads(pickle.dumps(samples()))
+    assert_same([one[1, 4]], [other[1, 4]])
+    images = WholeImages(Pictures(), Views((1.0, 2.0), 64, 16), read)
+    one, other = images[3], pickle.loads(pickle.dumps(images))[3]
+    assert torch.equal(one["target"], other["target"])
+    assert all(torch.equal(a, b) for a, b in zip(one["views"], other["views"], strict=True))
 
 
 # --- batches -------------------------------------------------------------------------------------------------------
@@ -129,7 +150,7 @@ def test_start_gives_the_tail_of_the_epoch(start):
 @pytest.mark.parametrize("stride", [8, 16])
 def test_views_are_snapped_capped_and_follow_the_scale(stride):
     image = np.random.default_rng(0).integers(0, 256, (75, 131, 3), dtype=np.uint8)
-    views = scaled_views(image, (0.5, 1.0, 1.5), 100, stride)
+    views = Views((0.5, 1.0, 1.5), 100, stride)(image)
     for scale, view in zip((0.5, 1.0, 1.5), views):
         for side, target in zip(view.shape[1:], (57 * scale, 100 * scale)):
             assert (side - 1) % stride == 0, f"side {side} at stride {stride}"
@@ -137,11 +158,19 @@ def test_views_are_snapped_capped_and_follow_the_scale(stride):
         assert view.shape[0] == 3 and view.dtype == torch.float32, (view.shape, view.dtype)
 
 
+def test_views_are_normalised_as_the_backbone_asks():
+    image = np.random.default_rng(0).integers(0, 256, (65, 97, 3), dtype=np.uint8)  # of a size that stays as it is
+    (view,) = Views((1.0,), 97, 16, Normalise((0.5, 0.25, 0.0), (0.5, 1.0, 2.0)))(image)
+    expected = (image / 255 - (0.5, 0.25, 0.0)) / (0.5, 1.0, 2.0)
+    gap = abs(view.permute(1, 2, 0).numpy() - expected).max() / abs(expected).max()
+    assert gap < 1e-6, f"off by {gap:.1e} of the largest value"
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_whole_images_come_in_order_with_their_own_size(workers):
     pictures = Pictures()
-    images = WholeImages(pictures, (1.0, 2.0), 64, 16, pictures.target)
-    items = list(whole_image_loader(images, workers, CPU))
+    images = WholeImages(pictures, Views((1.0, 2.0), 64, 16), read)
+    items = list(whole_image_loader(images, Machine(CPU, workers=workers)))
     assert [item["index"] for item in items] == list(range(7)), [item["index"] for item in items]
     for item in items:
         size = pictures.image(item["index"]).shape[:2]
@@ -151,7 +180,7 @@ def test_whole_images_come_in_order_with_their_own_size(workers):
 
 
 def test_more_workers_than_images_are_not_started():
-    loader = whole_image_loader(WholeImages(Pictures(2)), 9, CPU)
+    loader = whole_image_loader(WholeImages(Pictures(2), Views((1.0,), 64, 16)), Machine(CPU, workers=9))
     assert loader.num_workers == 2, loader.num_workers
 
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from utils import mean_field as module
 from utils.crf import PRESETS, CRFParams, dense_crf
-from utils.mean_field import mean_field
+from utils.crf import mean_field as module
+from utils.crf.mean_field import mean_field
 
 
 def scene(height, width, classes=2, seed=0):
@@ -32,7 +32,8 @@ def dense_mean_field(image, probabilities, params):
     places = np.stack([x, y], axis=-1).reshape(-1, 2)
     bilateral = np.concatenate([places / params.bilateral_sxy, image.reshape(-1, 3) / params.bilateral_srgb], axis=1)
     total = 0
-    for features, compat in ((places / params.gaussian_sxy, params.gaussian_compat), (bilateral, params.bilateral_compat)):
+    gaussian = places / params.gaussian_sxy
+    for features, compat in ((gaussian, params.gaussian_compat), (bilateral, params.bilateral_compat)):
         kernel = np.exp(-((features[:, None] - features[None]) ** 2).sum(axis=2) / 2)
         scale = 1 / np.sqrt(kernel.sum(axis=1))
         total = total + compat * scale[:, None] * kernel * scale
@@ -95,6 +96,15 @@ def test_images_of_several_sizes_and_numbers_of_classes_come_out_as_each_alone()
         error = abs(alone - found).max()
         assert found.shape == (1, *probabilities.shape) and error < 1e-3, f"{found.shape}: differ by {error:.1e}"
         assert abs(found.sum(axis=1) - 1).max() < 1e-5
+
+
+@pytest.mark.filterwarnings("error")
+def test_images_that_cannot_be_written_to_are_taken_without_a_warning():
+    image, probabilities = scene(12, 19)
+    (expected,) = mean_field([image], [energy(probabilities)], PRESETS["psa"])
+    image.flags.writeable = False
+    (found,) = mean_field([image], [energy(probabilities)], PRESETS["psa"])
+    assert (found == expected).all(), f"largest difference {abs(found - expected).max():.1e}"
 
 
 def test_images_of_one_size_share_the_lattice_of_places():

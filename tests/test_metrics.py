@@ -13,22 +13,22 @@ COUNTED = [[4, 1, 0], [0, 2, 0], [1, 1, 1]]  # by hand, rows truth
 
 
 def random_image(rng, classes, shape=(13, 17), thresholds=(0.0, 0.5, 1.0), dtype=np.float32):
-    """Shares of which a third lie exactly on a threshold, a third one float beside it, and a third anywhere."""
+    """Probabilities: a third lie exactly on a threshold, a third one float beside it, and a third anywhere."""
     on = rng.choice(np.asarray(thresholds, np.float32), shape)
     beside = np.clip(np.nextafter(on, rng.choice([-1, 2], shape).astype(np.float32)), 0, 1)
     kind = rng.integers(0, 3, shape)
-    share = np.select([kind == 0, kind == 1], [on, beside], rng.random(shape)).astype(dtype)
+    probability = np.select([kind == 0, kind == 1], [on, beside], rng.random(shape)).astype(dtype)
     best = rng.integers(1, classes, shape, dtype=np.uint8)
     truth = rng.integers(0, classes, shape, dtype=np.uint8)
     truth[rng.random(shape) < 0.1] = 255
-    return share, best, truth
+    return probability, best, truth
 
 
 def looped(images, thresholds, classes):
     """The definition: for each threshold, one confusion matrix per image.  Returns (T, images, C, C)."""
     return np.array(
-        [[confusion(np.where(share >= t, best, 0).astype(np.uint8), truth, classes) for share, best, truth in images]
-         for t in thresholds]
+        [[confusion(np.where(probability >= t, best, 0).astype(np.uint8), truth, classes)
+          for probability, best, truth in images] for t in thresholds]
     )
 
 
@@ -119,10 +119,11 @@ def test_the_sweep_equals_a_loop_over_thresholds(classes, bins, dtype):
 
 def test_a_decimal_threshold_means_the_same_pixels_as_in_the_sweep():
     sweep = SweepHistogram(2)
-    share = np.tile(sweep.thresholds(), (2, 1))
-    sweep.update(share, np.ones(share.shape, np.uint8), np.ones(share.shape, np.uint8))
+    probability = np.tile(sweep.thresholds(), (2, 1))
+    ones = np.ones(probability.shape, np.uint8)
+    sweep.update(probability, ones, ones)
     found = sweep.confusions()[:, 1, 1]
-    expected = [(share >= np.float32(t / 100)).sum() for t in range(101)]
+    expected = [(probability >= np.float32(t / 100)).sum() for t in range(101)]
     assert found.tolist() == expected, f"{(found != expected).sum()} thresholds differ"
 
 
@@ -155,8 +156,8 @@ def test_added_histograms_equal_one_over_all_images():
 def test_the_oracle_finds_the_threshold_the_truth_was_made_with(key):
     rng, sweep = np.random.default_rng(0), SweepHistogram(3)
     for _ in range(3):
-        share, best, _ = random_image(rng, 3, thresholds=sweep.thresholds())
-        sweep.update(share, best, np.where(share >= np.float32(0.3), best, 0).astype(np.uint8))
+        probability, best, _ = random_image(rng, 3, thresholds=sweep.thresholds())
+        sweep.update(probability, best, np.where(probability >= np.float32(0.3), best, 0).astype(np.uint8))
     threshold, found = sweep.oracle(key)
     assert threshold == 0.3 and found[key] == 1.0, f"threshold {threshold}, {key} {found[key]}"
 
@@ -196,11 +197,11 @@ def test_scores_refuse_what_is_not_a_confusion_matrix(function, counts):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(share=np.full((3, 4), 1.01)), r"in \[0, 1\]"),
-        (dict(share=np.full((3, 4), -0.01)), r"in \[0, 1\]"),
-        (dict(share=np.full((3, 4), np.nan)), r"in \[0, 1\]"),
-        (dict(share=np.zeros((3, 4), np.float16)), "float16"),
-        (dict(share=np.zeros((4, 3))), "shapes differ"),
+        (dict(probability=np.full((3, 4), 1.01)), r"in \[0, 1\]"),
+        (dict(probability=np.full((3, 4), -0.01)), r"in \[0, 1\]"),
+        (dict(probability=np.full((3, 4), np.nan)), r"in \[0, 1\]"),
+        (dict(probability=np.zeros((3, 4), np.float16)), "float16"),
+        (dict(probability=np.zeros((4, 3))), "shapes differ"),
         (dict(truth=TRUTH[:2]), "shapes differ"),
         (dict(truth=TRUTH + 1), "truth has"),
         (dict(foreground_class=np.full((3, 4), 3, np.uint8)), "foreground_class has 12 pixels of value 3"),
@@ -209,7 +210,7 @@ def test_scores_refuse_what_is_not_a_confusion_matrix(function, counts):
 )
 def test_the_sweep_refuses_and_counts_nothing(change, message):
     sweep = SweepHistogram(3)
-    image = dict(share=np.zeros((3, 4)), foreground_class=np.ones((3, 4), np.uint8), truth=TRUTH)
+    image = dict(probability=np.zeros((3, 4)), foreground_class=np.ones((3, 4), np.uint8), truth=TRUTH)
     with pytest.raises(ValueError, match=message):
         sweep.update(**{**image, **change})
     assert sweep.counts.sum() == 0, f"{sweep.counts.sum()} pixels were counted"
@@ -233,7 +234,7 @@ def test_the_oracle_and_add_refuse():
 @pytest.mark.parametrize(
     "height, width, rows, columns", [(10, 20, 6, 12), (65, 97, 39, 58), (1, 1, 1, 1), (5, 1, 3, 1)]
 )
-def test_the_central_box_has_its_share_of_each_side(height, width, rows, columns):
+def test_the_central_box_has_its_ratio_of_each_side(height, width, rows, columns):
     box = central_box(height, width)
     assert (box.shape, box.dtype) == ((height, width), bool), f"{box.shape} {box.dtype}"
     assert (box.any(axis=1).sum(), box.any(axis=0).sum(), box.sum()) == (rows, columns, rows * columns), f"{box.sum()}"
@@ -241,16 +242,16 @@ def test_the_central_box_has_its_share_of_each_side(height, width, rows, columns
     assert max(off) <= 1, f"the margins differ by {off}"
 
 
-@pytest.mark.parametrize("height, width, share", [(0, 5, 0.6), (5, 0, 0.6), (5, 5, 0), (5, 5, 1.1)])
-def test_no_central_box_is_refused(height, width, share):
+@pytest.mark.parametrize("height, width, ratio", [(0, 5, 0.6), (5, 0, 0.6), (5, 5, 0), (5, 5, 1.1)])
+def test_no_central_box_is_refused(height, width, ratio):
     with pytest.raises(ValueError, match="no central box"):
-        central_box(height, width, share)
+        central_box(height, width, ratio)
 
 
 # --- average precision -----------------------------------------------------------------------------------------------
 
 def looped_average_precision(scores, labels):
-    """The definition: for each positive of a class, the share of positives among all that score at least as high."""
+    """The definition: for each positive of a class, the ratio of positives among all that score at least as high."""
     areas = []
     for column, marks in zip(np.transpose(scores), np.transpose(labels)):
         positives = [score for score, mark in zip(column, marks) if mark]

@@ -4,8 +4,8 @@ import struct
 import numpy as np
 import pytest
 
+from models.weights.mxnet import is_params, read_params
 from utils.errors import UserError
-from utils.mxnet_params import is_params, read_params
 
 V1, V2 = 0xF993FAC8, 0xF993FAC9
 CODES = {"float32": 0, "float64": 1, "float16": 2, "uint8": 3, "int32": 4, "int8": 5, "int64": 6}

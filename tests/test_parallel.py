@@ -1,16 +1,19 @@
 """map_parallel: order, bounded look-ahead, and one readable line when a worker fails, is killed or is interrupted."""
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 
 from utils.errors import UserError
-from utils.parallel import IN_FLIGHT, THREAD_LIMITS, item_name, map_parallel
+from utils.parallel import IN_FLIGHT, ONE_THREAD, item_name, map_parallel
 
 ROOT = Path(__file__).resolve().parent.parent
 posix = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
@@ -21,6 +24,10 @@ class Demanding(Exception):
 
     def __init__(self, code, detail):
         super().__init__(f"{code} {detail}")
+
+
+def own_id(item):
+    return os.getpid()
 
 
 def slow_first(item):
@@ -46,6 +53,24 @@ def die_on_three(item):
     if item == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return item
+
+
+def make_a_lock(item):
+    return threading.Lock()
+
+
+def large(item):
+    return os.urandom(2_000_000)
+
+
+def loaded_torch(item):
+    return "torch" in sys.modules
+
+
+def blocked_signals(item):
+    """The signals that reach this process later, as a mask of bits; inherited from its parent, before any import."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"^SigBlk:\s*(\w+)$", status, re.MULTILINE)[1], 16)
 
 
 def birth_environment(item):
@@ -109,6 +134,8 @@ def test_a_failure_names_the_item_and_the_cause(workers, threads):
     with pytest.raises(RuntimeError, match="^dense CRF: 3: Demanding: 3 is wrong$") as caught:
         next(stream)
     assert not isinstance(caught.value, UserError), "a defect of the program must keep its traceback"
+    told = "".join(traceback.format_exception(caught.value))
+    assert "in fail_on_three" in told, f"where it failed is not told:\n{told}"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -135,14 +162,31 @@ def test_a_killed_worker_is_one_clear_line():
     assert isinstance(caught.value, UserError) and "\n" not in message and message.startswith("dense CRF: "), message
 
 
+def test_what_cannot_be_sent_back_names_the_item():
+    with pytest.raises(RuntimeError, match="^masks: 0: .*pickle"):
+        list(map_parallel(make_a_lock, range(6), 2, "masks"))
+
+
 @posix
 def test_workers_are_born_with_one_thread_each_and_the_parent_is_unchanged(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     found = next(map_parallel(birth_environment, range(3), 2, "environment"))
-    limits = {name: found.get(name) for name in THREAD_LIMITS}
-    assert set(limits.values()) == {"1"}, f"{limits}"
+    limits = {name: found.get(name) for name in ONE_THREAD}
+    assert limits == ONE_THREAD and "OMP_NUM_THREADS" in limits, f"{limits}"
     assert os.environ["OMP_NUM_THREADS"] == "7" and "MKL_NUM_THREADS" not in os.environ, "the parent kept a limit"
+
+
+@posix
+def test_workers_are_born_with_ctrl_c_blocked_and_the_parent_is_not():
+    found = next(map_parallel(blocked_signals, range(3), 2, "signals"))
+    assert found & 1 << (signal.SIGINT - 1), f"mask {found:b}: an interrupted import would print a traceback"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ()), "Ctrl-C no longer reaches the parent"
+
+
+def test_workers_do_not_load_torch():
+    found = list(map_parallel(loaded_torch, range(4), 2, "imports"))
+    assert not any(found), f"torch was imported: {found}"
 
 
 SCRIPT = """
@@ -207,11 +251,33 @@ def test_workers_end_with_a_killed_parent(tmp_path):
 
 
 @posix
-def test_a_dropped_iterator_leaves_no_thread_behind():
-    # Such a thread closes its pipe on its own time; a program that ends in that moment prints a traceback.
+def test_a_dropped_iterator_leaves_no_process_and_no_thread_behind():
     before = set(threading.enumerate())
-    results = map_parallel(birth_environment, range(50), 2, "dropped")
-    next(results)
+    results = map_parallel(own_id, range(50), 2, "dropped")
+    pid = next(results)
     results.close()
-    left = [thread for thread in set(threading.enumerate()) - before if "Manager" in type(thread).__name__]
-    assert not left, f"still running: {left}"
+    left = [thread for thread in set(threading.enumerate()) - before if "Monitor" not in type(thread).__name__]
+    assert not left, f"still running: {left}"  # tqdm keeps a monitor
+    assert not Path(f"/proc/{pid}").exists() and not multiprocessing.active_children(), f"{pid} is still there"
+
+
+@pytest.mark.parametrize("size", [10, 2_000_000])
+def test_dropping_the_iterator_does_not_hang_in_the_midst_of_large_items_and_results(size):
+    # Beyond what a pipe holds, 64 KB, somebody is in the midst of writing it when the worker is killed.
+    for _ in range(3):
+        results = map_parallel(large, [os.urandom(size) for _ in range(12)], 2, "large")
+        next(results)
+        closing = threading.Thread(target=results.close, daemon=True)
+        closing.start()
+        closing.join(30)
+        assert not closing.is_alive() and not multiprocessing.active_children(), f"items of {size} bytes: it hangs"
+
+
+def test_dropping_one_of_two_iterators_leaves_the_other():
+    first = map_parallel(slow_first, range(12), 2, "first")
+    found = [next(first)]
+    second = map_parallel(slow_first, range(12), 2, "second")
+    next(second)
+    second.close()
+    found += first
+    assert [value for value, _ in found] == [n * n for n in range(12)], found

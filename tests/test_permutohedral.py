@@ -1,11 +1,11 @@
-"""The permutohedral lattice against a plain dictionary of vertices, vertex by vertex, and against the Gaussian itself."""
+"""The permutohedral lattice against a plain dictionary of vertices, and against the Gaussian itself."""
 import itertools
 import math
 
 import pytest
 import torch
 
-from utils.permutohedral import Lattice
+from utils.crf.permutohedral import Lattice
 
 
 def features(count, d, spread=3.0, seed=0):

@@ -6,7 +6,7 @@ from torch import nn
 from models.resnet38 import ResNet38, scale_channels
 
 # Facts of PSA's published network (network/resnet38d.py).
-BLOCKS = ("b2 b2_1 b2_2 b3 b3_1 b3_2 b4 b4_1 b4_2 b4_3 b4_4 b4_5 b5 b5_1 b5_2 b6 b7").split()
+BLOCKS = ["b2", "b2_1", "b2_2", "b3", "b3_1", "b3_2", "b4", "b4_1", "b4_2", "b4_3", "b4_4", "b4_5", "b5", "b5_1", "b5_2", "b6", "b7"]
 PROJECTED = ("b2", "b3", "b4", "b5", "b6", "b7")
 BOTTLENECKS = ("b6", "b7")
 CONV_SHAPES = {
@@ -125,9 +125,9 @@ def test_blocks_cover_every_parameter_once_in_order_of_depth(full):
 @pytest.mark.parametrize("width, channels", [(1.0, (512, 1024, 4096)), (0.25, (128, 256, 1024)), (0.1, (48, 104, 408))])
 def test_width_scales_the_channels(width, channels):
     with torch.device("meta"):
-        trunk = ResNet38(width)
-    assert tuple(trunk.channels.values()) == channels, f"width {width}: {trunk.channels}"
-    assert trunk.conv1a.out_channels == scale_channels(64, width)
+        backbone = ResNet38(width)
+    assert tuple(backbone.channels.values()) == channels, f"width {width}: {backbone.channels}"
+    assert backbone.conv1a.out_channels == scale_channels(64, width)
 
 
 def test_channels_are_multiples_of_8_and_at_least_8():

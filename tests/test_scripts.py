@@ -1,4 +1,4 @@
-"""The whole pipeline through the real scripts: what they write, inherit, keep and redo."""
+"""The whole pipeline through the real scripts: what they write and inherit, their help, the commands of the readme."""
 import math
 import re
 import subprocess
@@ -9,15 +9,37 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from script_runs import (DATA, MACHINE, ROOT, SMALL, STAGE2, chain, checkpoint, copy, files, finish, fork, picture,
-                         read_json, run, start)
+from script_runs import (
+    DATA,
+    MACHINE,
+    ROOT,
+    SMALL,
+    STAGE2,
+    chain,
+    checkpoint,
+    copy,
+    files,
+    finish,
+    fork,
+    imagenet_weights,
+    picture,
+    read_json,
+    run,
+    start,
+)
 
+import run_eval
+import run_inference
+import run_train
+import test_deeplab
+import train_deeplab
 from data.make_toy import make_toy
-from models.build import build_network, pack
-from models.weights import Weights, export
-from utils.artifacts import file_hash
+from models.weights import Weights, build_network, export, pack
+from src.seeds import SEED_FLAGS
 from utils.checkpoint import save_tensors
-from utils.visualize import voc_palette
+from utils.files import file_hash, load_cam, save_cam
+from utils.labels import voc_palette
+from utils.options import GROUPS
 
 SCRIPTS = {"run_train.py": ("Steps 1 and 2:", "stage1_", "stage2_"),
            "run_inference.py": ("Step 3:", "output/inference"), "run_eval.py": ("Step 4:", "output/eval"),
@@ -205,6 +227,7 @@ README = (  # as they stand there; later flags, which override, keep it small
 def readme(folder, get):
     """The readme's four commands, then DeepLab without flags (its training at a tenth of the width)."""
     make_toy(folder / DATA, train=12, test=3, classes=3, size=48)
+    imagenet_weights(folder, "resnet50")
     short = ("--epochs", 1, "--crop_size", 65)
     runs = [run(folder, *command.split(), *(short if trains else ()), "--limit", 4) for command, trains in README]
     dry = run(folder, "train_deeplab.py", "--dry_run")
@@ -220,10 +243,12 @@ def test_the_readme_commands_work_as_written(readme):
     assert "mask" in read_json(readme.folder / "output/eval/scores.json")["scores"]
 
 
-def test_missing_imagenet_weights_are_announced_and_training_starts_at_random(readme):
+def test_stage_1_starts_from_imagenet_weights_and_finds_the_common_object(readme):
     said = readme.runs[0].stderr
-    assert "WARNING: cannot download the ImageNet weights of resnet50" in said and "--pretrained PATH" in said, said
-    assert "WARNING: training starts from RANDOM weights" in said, said
+    assert "resnet50-0676ba61.pth: ImageNet weights, into resnet50" in said, said
+    assert "method=common" in said and "Common object: fitted to" in said, said
+    assert checkpoint(readme.folder / "output/stage1_resnet50/model_best.pth.tar")["networks"]["classifier"]["seed"] \
+        == {"name": "common"}
 
 
 def test_stage_2_starts_from_the_classifier_of_stage_1(readme):
@@ -238,6 +263,8 @@ def test_deeplab_without_flags_takes_what_it_needs_from_the_masks_record(readme)
         for word in ("dataset=pet", f"data_root={DATA}", "split=trainval", "limit=4", "crop_size=65", "seed=0"):
             assert word in told[0], f"{word} not in {told[0]}"
     assert "backbone=resnet38" in readme.dry.stderr and "width=1.0" in readme.dry.stderr, readme.dry.stderr
+    warning = "WARNING: no ImageNet weights of resnet38 can be fetched, and --pretrained names no file: training starts"
+    assert readme.dry.stderr.count(f"{warning} from RANDOM weights") == 1, readme.dry.stderr
     assert (readme.folder / "output/deeplab_resnet38/model_best.pth.tar").is_file()
 
 
@@ -251,99 +278,76 @@ def test_deeplab_is_tested_without_flags_on_the_test_split(readme):
 
 # --- help -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_begins_with_the_step_and_names_what_is_read_and_written(script, tmp_path):
-    done = run(tmp_path, script, "--help")
-    description = done.stdout.split("\n\n", 1)[1]
-    step, *written = SCRIPTS[script]
+HELP = {"run_train.py": (*run_train.NAMES[1], *SEED_FLAGS["avc"]), "run_train.py --stage 2": run_train.NAMES[2],
+        "run_inference.py": run_inference.NAMES, "run_eval.py": run_eval.NAMES, "train_deeplab.py": train_deeplab.NAMES,
+        "test_deeplab.py": test_deeplab.NAMES}
+
+
+@chain
+def helps(folder, get):
+    """What each script says of itself: command -> stdout; and what it wrote."""
+    home = folder / "home"
+    home.mkdir()
+    runs = fork(folder, [(home, (*command.split(), "--help")) for command in HELP])
+    assert all(done.returncode == 0 for done in runs), [done.stderr for done in runs]
+    return {command: done.stdout for command, done in zip(HELP, runs)}, files(home)
+
+
+def _groups(text):
+    """{title of a group: {flag: its help}} of the output of --help."""
+    found, title, name = {}, None, None
+    for line in text.split("\n\n", 1)[1].splitlines():
+        if flag := re.match(r"  --(\w+)(.*)", line):
+            name = flag[1]
+            found[title][name] = flag[2]
+        elif heading := re.fullmatch(r"([^\s].*):", line):
+            title, name = heading[1], None
+            found[title] = {}
+        elif name and line.startswith("      "):
+            found[title][name] += f" {line.strip()}"
+    return {title: flags for title, flags in found.items() if flags}
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_begins_with_the_step_and_names_what_is_read_and_written(command, helps):
+    texts, written = helps
+    description = texts[command].split("\n\n", 1)[1]
+    step, *results = SCRIPTS[command.split()[0]]
     assert description.startswith(step), f"begins with {description[:40]!r}"
     head = description.split("\noptions:")[0]
     assert re.search(r"\breads\b", head, re.I) and re.search(r"\bwrites\b", head), head
-    assert all(name in " ".join(head.split()) for name in written), f"{written} not in: {head}"
-    flags = re.findall(r"^  (--\w+)(.*(?:\n {4,}.*)*)", done.stdout, re.M)
-    bare = [name for name, text in flags if not re.search(r"[a-z]{3}", re.sub(r"--\w+|\{.*?\}|[A-Z_]+", "", text))]
-    assert len(flags) > 15 and not bare, f"{len(flags)} flags, without help: {bare}"
-    assert not files(tmp_path), f"--help wrote {sorted(files(tmp_path))}"
+    assert all(name in " ".join(head.split()) for name in results), f"{results} not in: {head}"
+    assert not written, f"--help wrote {sorted(written)}"
 
 
-# --- again, with the same options and with others -------------------------------------------------------------------
-
-@chain
-def again(folder, get):
-    """Steps 2 and 3 again in a copy of the pipeline: with the same options, then with others."""
-    copy(get("pipeline").folder, folder, without=("deeplab*", "walks"))
-    said, seen = {}, {"first": files(folder)}
-    infer = ("run_inference.py", "--model_path", STAGE2, *MACHINE)
-    for name, command in {"same masks": infer, "other masks": (*infer, "--no-crf", "--bg_threshold", 0.3),
-                          "same labels": ("run_train.py", "--stage", 2, *SMALL),
-                          "other labels": ("run_train.py", "--stage", 2, *SMALL, "--alpha_high", 16)}.items():
-        said[name], seen[name] = run(folder, *command).stderr, files(folder)
-    return SimpleNamespace(said=said, seen=seen)
+@pytest.mark.parametrize("command", HELP)
+def test_help_shows_every_flag_in_its_group(command, helps):
+    expected = {title: {name for name in members if name in HELP[command]} for title, members in GROUPS.items()}
+    if command == "run_train.py":
+        expected["--method avc"] = set(SEED_FLAGS["avc"])
+    expected = {title: names for title, names in expected.items() if names}
+    found = {title: set(flags) for title, flags in _groups(helps[0][command]).items() if title != "options"}
+    assert found == expected, f"groups and flags: {found}, expected {expected}"
+    lost = set(HELP[command]) - set().union(*found.values())
+    assert not lost and len(HELP[command]) > 15, f"flags in no group: {lost}"
 
 
-def _touched(again, before, after, folder, suffix=".png"):
-    names = [name for name in again.seen[before] if re.fullmatch(rf"{folder}/[^/]*{re.escape(suffix)}", name)]
-    assert names, f"nothing in {folder}"
-    return len(names), sum(again.seen[before][name] != again.seen[after][name] for name in names)
+@pytest.mark.parametrize("command", HELP)
+def test_help_says_what_each_flag_means_and_its_default(command, helps):
+    flags = {name: text for group in _groups(helps[0][command]).values() for name, text in group.items()}
+    plain = {name: re.sub(r"\(default: .*\)|--[\w-]+|\{.*?\}|\b[A-Z_]+\b", "", text) for name, text in flags.items()}
+    bare = [name for name, text in plain.items() if len(re.findall(r"[a-z]{3}", text)) < 2]
+    assert not bare, f"without help: {bare}"
+    silent = [name for name, text in flags.items() if "(default: " not in text and name != "stage"]
+    assert not silent, f"their default is not told: {silent}"
 
 
-def test_step_3_again_with_the_same_options_keeps_the_masks(again):
-    count, touched = _touched(again, "first", "same masks", "output/inference")
-    assert (count, touched) == (12, 0), f"{touched} of {count} masks were written again"
-
-
-def test_step_3_again_with_other_options_redoes_the_masks_but_not_the_walk(again):
-    count, touched = _touched(again, "same masks", "other masks", "output/inference")
-    assert (count, touched) == (12, 12), f"{touched} of {count} masks were written again"
-    walks = _touched(again, "same masks", "other masks", "output/stage2_resnet18/scores/walk_trainval_gt", ".npz")
-    assert walks == (12, 0), f"{walks[1]} of {walks[0]} walks were computed again for another threshold"
-
-
-def test_affinity_labels_are_reused_only_if_their_options_match(again):
-    labels = "output/stage2_resnet18/affinity_labels"
-    count, touched = _touched(again, "first", "same labels", labels)
-    assert (count, touched) == (12, 0) and "12 affinity labels" in again.said["same labels"], \
-        f"{touched} of {count} labels were written again with the same options"
-    count, touched = _touched(again, "same labels", "other labels", labels)
-    assert (count, touched) == (12, 12) and "are kept" not in again.said["other labels"], \
-        f"{touched} of {count} labels were written again with another --alpha_high"
-
-
-# --- any image, with the checkpoint alone ---------------------------------------------------------------------------
-
-@chain
-def pictures(folder, get):
-    """One image outside any dataset, then a folder of them, in a folder that holds nothing but the checkpoint."""
-    (folder / "model.pth.tar").hardlink_to(get("pipeline").folder / STAGE2)
-    picture(folder / "alone" / "drawn.jpg", 50, 61)
-    picture(folder / "several" / "rgba.jpg", 47, 70, "RGBA", "PNG")
-    picture(folder / "several" / "grey.png", 66, 45, "L", "PNG")
-    common = ("--model_path", "model.pth.tar", *MACHINE)
-    one = run(folder, "run_inference.py", "--images", "alone/drawn.jpg", "--save_walk", *common)
-    many = run(folder, "run_inference.py", "--images", "several", "--output_dir", "masks", *common)
-    return SimpleNamespace(folder=folder, one=one, many=many)
-
-
-@pytest.mark.parametrize("name, size, out", [("drawn", (50, 61), "output/inference"), ("rgba", (47, 70), "masks"),
-                                             ("grey", (66, 45), "masks")])
-def test_any_image_gets_a_mask_and_an_overlay_from_the_checkpoint_alone(pictures, name, size, out):
-    with Image.open(pictures.folder / out / f"{name}.png") as mask:
-        assert mask.mode == "P" and mask.size[::-1] == size, f"{mask.mode} {mask.size}"
-        assert np.asarray(mask).max() <= 3
-    with Image.open(pictures.folder / out / f"{name}_overlay.png") as overlay:
-        assert overlay.mode == "RGB" and overlay.size[::-1] == size, f"{overlay.mode} {overlay.size}"
-
-
-def test_the_propagation_on_any_image_can_be_animated(pictures):
-    with Image.open(pictures.folder / "output/inference/walks/drawn.gif") as animation:
-        assert animation.format == "GIF" and animation.size == (61, 50), f"{animation.format} {animation.size}"
-
-
-def test_nothing_but_results_is_written_for_any_image(pictures):
-    expected = {"model.pth.tar", "alone/drawn.jpg", "several/rgba.jpg", "several/grey.png", "masks/rgba.png",
-                "masks/rgba_overlay.png", "masks/grey.png", "masks/grey_overlay.png", "output/inference/drawn.png",
-                "output/inference/drawn_overlay.png", "output/inference/walks/drawn.gif"}
-    assert set(files(pictures.folder)) == expected, set(files(pictures.folder)) ^ expected
+def test_help_shows_defaults_as_they_are_typed(helps):
+    flags = {name: text for group in _groups(helps[0]["run_train.py"]).values() for name, text in group.items()}
+    expected = {"flip": "on", "compile": "off", "scales": "0.5 1.0 1.5", "lr": "0.01", "backbone": "resnet50",
+                "avc_start": str(SEED_FLAGS["avc"]["avc_start"].default)}
+    found = {name: re.search(r"\(default: (.*?)\)", flags[name])[1] for name in expected}
+    assert found == expected, found
 
 
 # --- scoring --------------------------------------------------------------------------------------------------------
@@ -421,6 +425,31 @@ def test_an_image_has_one_map_for_each_of_its_classes(own_images, name, keys):
 def test_an_image_without_a_class_is_all_background(own_images):
     with Image.open(own_images / "output/inference/none.png") as mask:
         assert np.asarray(mask).max() == 0, f"{np.unique(mask)}"
+
+
+# --- seeds that fire nowhere -----------------------------------------------------------------------------------------
+
+@chain
+def empty(folder, get):
+    """Stage 2 on CAMs that are 0 everywhere, then on CAMs of which one is not."""
+    home = copy(get("pipeline").folder, folder / "home", without=("inference", "eval", "deeplab*"))
+    for path in (home / "data/cams").glob("*.npz"):
+        keys, cam = load_cam(path.parent, path.stem)
+        save_cam(path.parent, path.stem, keys, np.zeros_like(cam), _image_size(home, path.stem))
+    command = ("run_train.py", "--stage", 2, *SMALL, "--output_dir")
+    (nothing,) = fork(folder, [(home, (*command, "output/nothing"))])
+    cam[:, :cam.shape[1] // 2] = 1
+    save_cam(path.parent, path.stem, keys, cam, _image_size(home, path.stem))
+    (one,) = fork(folder, [(home, (*command, "output/one"))])
+    return nothing, one
+
+
+def test_stage_2_warns_when_no_affinity_label_has_any_foreground(empty):
+    nothing, one = empty
+    assert (nothing.returncode, one.returncode) == (0, 0), nothing.stderr + one.stderr
+    warning = "WARNING: no affinity label in output/nothing/affinity_labels has any foreground"
+    assert nothing.stderr.count(warning) == 1 and "--alpha_low" in nothing.stderr, nothing.stderr
+    assert "WARNING" not in one.stderr, one.stderr
 
 
 # --- published checkpoints ------------------------------------------------------------------------------------------
@@ -514,11 +543,11 @@ def test_a_published_deeplab_is_tested_as_its_head_was(foreign):
     assert (foreign.folder / "output/deeplab_test/scores.json").is_file()
 
 
-def test_stage_1_trains_from_a_published_trunk_by_the_psa_recipe(foreign):
+def test_stage_1_trains_from_a_published_backbone_by_the_psa_recipe(foreign):
     payload = checkpoint(foreign.folder / "trained/model_best.pth.tar")
     trained = payload["networks"]["classifier"]["state"]
     start = torch.load(foreign.folder / "again.pth", weights_only=True)
-    same = {name: torch.equal(trained[f"trunk.{name}"], start[name])
+    same = {name: torch.equal(trained[f"backbone.{name}"], start[name])
             for name in ("conv1a.weight", "b2_2.conv_branch2b1.weight", "b3.conv_branch2a.weight", "bn7.weight",
                          "bn7.running_mean")}
     assert same == {"conv1a.weight": True, "b2_2.conv_branch2b1.weight": True, "b3.conv_branch2a.weight": False,
@@ -549,16 +578,12 @@ def test_a_head_brings_its_published_training_settings(ceiling):
 def dry(folder, get):
     """Every step again as a dry run, in a copy of the pipeline.  (what the runs said, files before, files after)."""
     home = copy(get("pipeline").folder, folder / "copy", without=("walks", "overlays"))
-    commands = (("run_train.py", "--stage", 1), ("run_train.py", "--stage", 2), ("run_inference.py",), ("run_eval.py",),
-                ("train_deeplab.py",), ("test_deeplab.py",))
+    commands = (("run_train.py", "--stage", 1, "--overwrite"), ("run_train.py", "--stage", 2, "--overwrite"),
+                ("run_train.py", "--stage", 2, *SMALL, "--resume"), ("run_inference.py",),
+                ("run_inference.py", "--images", f"{DATA}/images"), ("run_eval.py",),
+                ("train_deeplab.py", "--overwrite"), ("test_deeplab.py", "--scales", 1))
     before = files(home)
     return fork(folder, [(home, (*command, "--dry_run", *MACHINE)) for command in commands]), before, files(home)
-
-
-@pytest.mark.parametrize("script", [("run_train.py", "--stage", 1), ("train_deeplab.py", "--mask_dir", "gt")])
-def test_a_dry_run_finds_initial_weights_that_are_not_there(script, pipeline):
-    done = finish(start(pipeline.folder, *script, "--pretrained", "gone.params", "--dry_run"))
-    assert done.returncode == 1 and "no checkpoint gone.params" in done.stderr and "Dry run" not in done.stderr, done
 
 
 def test_a_dry_run_prints_the_options_and_writes_nothing(dry):

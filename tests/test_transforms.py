@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.transforms import MEAN, STD, Augmentation, cutmix, normalise, resize_labels
+from utils.transforms import IMAGENET, Augmentation, Normalise
 
 CROP = 33
 
@@ -18,9 +18,9 @@ def code(y, x):
     return (y * 7 + x * 3) % 251
 
 
-def decoded(image):
-    """Rows, columns and the blue value read off a normalised image."""
-    values = (image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]) * 255
+def decoded(image, normalise=IMAGENET):
+    """Rows, columns and the blue value of a normalised image."""
+    values = (image * torch.tensor(normalise.std)[:, None, None] + torch.tensor(normalise.mean)[:, None, None]) * 255
     return values.round().long().numpy()
 
 
@@ -152,59 +152,31 @@ def test_jitter_changes_colours_but_not_labels():
     for seed in range(5):
         x, y = Augmentation(61, jitter=True, flip=False)(image, label, np.random.default_rng(seed))
         assert sorted(y[y != 255].tolist()) == sorted(label.ravel().tolist()), f"labels changed with seed {seed}"
-        changed += abs(x[:, y != 255].numpy() - normalise(image).flatten(1).numpy()).max() > 0.05
+        changed += abs(x[:, y != 255].numpy() - IMAGENET(image).flatten(1).numpy()).max() > 0.05
     assert changed == 5, f"{changed} of 5 images changed their colours"
 
 
-def test_normalising_is_zero_at_the_mean_and_one_a_deviation_further():
-    image = np.array([[[255, 0, 128]]], np.uint8)
-    found = normalise(image)[:, 0, 0].tolist()
-    expected = [(value / 255 - mean) / std for value, mean, std in zip((255, 0, 128), MEAN, STD)]
-    assert np.allclose(found, expected, atol=1e-6), f"{found}, not {expected}"
+@pytest.mark.parametrize("normalise", [IMAGENET, Normalise((0.5, 0.4, 0.3), (0.5, 0.25, 1.0))])
+def test_normalising_equals_a_loop_over_the_values(normalise):
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    image[0, 0] = 255, 0, 128
+    found = normalise(image)
+    assert found.shape == (3, 5, 7) and found.dtype == torch.float32, (found.shape, found.dtype)
+    for (y, x, channel), value in np.ndenumerate(image):
+        expected = (value / 255 - normalise.mean[channel]) / normalise.std[channel]
+        error = abs(found[channel, y, x].item() - expected)
+        assert error < 1e-6 * max(1, abs(expected)), f"{found[channel, y, x]}, not {expected}, at {y, x, channel}"
 
 
-def test_labels_are_resized_without_new_values():
-    label = np.random.default_rng(0).choice(np.array([0, 3, 200, 255], np.uint8), (13, 17))
-    for size in ((40, 9), (13, 17), (5, 50)):
-        found = resize_labels(label, size)
-        assert found.shape == size and set(np.unique(found)) <= {0, 3, 200, 255}, np.unique(found)
-    assert (resize_labels(label, (39, 51))[1::3, 1::3] == label).all(), "thrice as large, the middles moved"
+def test_the_default_statistics_are_imagenets():
+    assert IMAGENET == Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) == Normalise(), IMAGENET
 
 
-def numbered_batch(height=20, width=30):
-    """Three images, each of its own number everywhere, and one class each."""
-    return torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, height, width), torch.eye(3)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_cutmix_puts_one_rectangle_of_the_image_before_and_its_share_of_the_labels(seed):
-    torch.manual_seed(seed)
-    images, labels = numbered_batch()
-    mixed, shares = cutmix(images, labels)
-    foreign = mixed[:, 0] != images[:, 0]
-    for index in range(3):
-        seen = set(mixed[index][:, foreign[index]].unique().tolist())
-        assert seen <= {(index - 1) % 3}, f"image {index} holds parts of {seen}"
-        rows, columns = foreign[index].any(1).sum(), foreign[index].any(0).sum()
-        assert foreign[index].sum() == rows * columns, f"{foreign[index].sum()} pixels, not {rows} x {columns}"
-        share = foreign[index].float().mean()
-        expected = torch.zeros(3).index_add(0, torch.tensor([index, (index - 1) % 3]), torch.stack([1 - share, share]))
-        assert torch.allclose(shares[index], expected, atol=1e-6), f"labels {shares[index]}, pixels {expected}"
-    assert torch.equal(images, numbered_batch()[0]), "cutmix changed its input"
-
-
-def test_cutmix_draws_shares_evenly_from_torchs_generator():
-    images, labels = numbered_batch(64, 64)
-    torch.manual_seed(0)
-    shares = torch.stack([cutmix(images, labels)[1][0, 2] for _ in range(400)])
-    assert abs(shares.mean() - 0.5) < 0.06 and shares.min() < 0.05 and shares.max() > 0.95, f"{shares.mean():.3f}"
-    torch.manual_seed(7)
-    first = cutmix(images, labels)
-    torch.manual_seed(7)
-    assert all(torch.equal(a, b) for a, b in zip(first, cutmix(images, labels))), "one seed gave two results"
-
-
-def test_cutmix_leaves_a_single_image_as_it_is():
-    images, labels = torch.rand(1, 3, 9, 9), torch.tensor([[0.0, 1.0]])
-    mixed, shares = cutmix(images, labels)
-    assert torch.equal(mixed, images) and torch.allclose(shares, labels), f"labels became {shares}"
+def test_a_backbones_own_statistics_are_used_and_padding_stays_zero():
+    image, label = coded(20, 25)
+    own = Normalise((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    x, y = plain(flip=False, normalise=own)(image, label, np.random.default_rng(0))
+    kept = (y != 255).numpy()
+    assert (x[:, ~kept] == 0).all(), f"padding of the image holds {x[:, ~kept].unique()[:5]}"
+    rows, columns, blue = decoded(x, own)
+    assert (code(rows, columns)[kept] == y.numpy()[kept]).all() and (blue[kept] == 9).all(), "the colours are others"

@@ -4,14 +4,21 @@ import json
 import numpy as np
 from PIL import Image
 
-from utils.layouts.voc import CLASSES
-from utils.visualize import save_mask
+from utils.config import DataConfig
+from utils.datasets import open_dataset
+from utils.datasets.voc import CLASSES
+from utils.labels import save_mask
 
 HEIGHT, WIDTH = 50, 74
 VOC_SHOWN = ("aeroplane", "dog", "tvmonitor")  # the first, one in the middle and the last of VOC's 20 classes
 VOC_LISTS = {"train": 8, "val": 3, "test": 2, "extra": 2}  # images a list; "extra" is in trainaug alone
 CATEGORIES = {1: "person", 17: "cat", 18: "dog", 90: "toothbrush"}  # as COCO's ids, with gaps
 COLOURS = np.array([(220, 60, 40), (60, 200, 70), (70, 90, 230), (220, 210, 60)])
+
+
+def opened(name, root, split=None, ids=None, **options):
+    """The split of a dataset that these options name."""
+    return open_dataset(DataConfig(name, str(root), split, None if ids is None else str(ids), **options))
 
 
 def draw(rng, kinds, height=HEIGHT, width=WIDTH):

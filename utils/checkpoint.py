@@ -1,22 +1,24 @@
 """Checkpoints: plain types and tensors only, written whole or not at all, read without unpickling code."""
 import os
 import pickle
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from utils.artifacts import atomic_path
 from utils.errors import UserError
+from utils.files import atomic_path
 
-FORMAT = "wsss-checkpoint-1"
+FORMAT = "wsss-checkpoint-2"
+OLD_FORMAT = "wsss-checkpoint-1"  # its networks are renamed by `models.weights`; its training cannot be taken up
 
 
-def save_checkpoint(path, payload):
+def save_checkpoint(path: str | Path, payload: Mapping[str, object]) -> None:
     """Write a checkpoint of ours: a dict of plain types and tensors."""
     save_tensors(path, {"format": FORMAT, **payload})
 
 
-def save_tensors(path, value):
+def save_tensors(path: str | Path, value: object) -> None:
     """Write tensors and plain types to `path`; a reader sees the old file or the new one, never a part.
 
     Both the file and its new name are on the disk when this returns.  Raises UserError if they cannot be written; what
@@ -32,7 +34,7 @@ def save_tensors(path, value):
         raise _not_written(path, error) from None
 
 
-def _sync_folder(folder):
+def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -42,7 +44,7 @@ def _sync_folder(folder):
         os.close(handle)
 
 
-def _not_written(path, error):
+def _not_written(path: str | Path, error: Exception) -> Exception:
     """A UserError for a failed save; an error that is not the system's is given back as it is."""
     reason = error
     while not isinstance(reason, OSError):  # torch's writer raises an error of its own over the system's
@@ -54,38 +56,42 @@ def _not_written(path, error):
                      "on with --resume")
 
 
-def remove_leftovers(path):
+def remove_leftovers(path: str | Path) -> None:
     """Delete what killed runs left of unfinished files for `path`."""
     for leftover in Path(path).parent.glob(f".{Path(path).name}.*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
-def is_checkpoint(value):
-    """Whether what `read_tensors` read is a checkpoint of ours."""
-    return isinstance(value, dict) and value.get("format") == FORMAT
+def is_checkpoint(value: object) -> bool:
+    """Whether what `read_tensors` read is a checkpoint of ours, of either format."""
+    return isinstance(value, dict) and value.get("format") in (FORMAT, OLD_FORMAT)
 
 
-def load_checkpoint(path, steps=None):
-    """Read a checkpoint of ours onto the CPU.
+def load_checkpoint(path: str | Path, steps: Sequence[str] | None = None) -> dict[str, object]:
+    """Read a checkpoint of ours onto the CPU, with the state of its training.
 
     steps: names of the steps it may come from ("stage1", "stage2", "deeplab"); None for any.
-    Raises UserError if the file is missing, damaged, holds more than tensors and plain types, or is of another step.
+    Raises UserError if the file is missing, damaged, holds more than tensors and plain types, is of another step, or of
+    the old format: `models.weights.open_weights` reads the networks of that.
     """
     payload = read_tensors(path)
     if not is_checkpoint(payload):
         raise UserError(f"{path} is not a checkpoint of this project; pass one from output/ with --model_path")
+    if payload["format"] == OLD_FORMAT:
+        raise UserError(f"{path} was written by an older version, whose training cannot be taken up; leave --resume "
+                        "out to start anew, or pass another --output_dir (it still serves as --model_path)")
     check_step(payload, steps, path)
     return payload
 
 
-def check_step(payload, steps, path):
+def check_step(payload: Mapping[str, object], steps: Sequence[str] | None, path: str | Path) -> None:
     """UserError unless a checkpoint comes from one of `steps` (None: any)."""
     if steps is not None and payload["step"] not in steps:
         raise UserError(f"{path} comes from {payload['step']}, but a checkpoint of {' or '.join(steps)} is needed; "
                         f"pass another with --model_path")
 
 
-def read_tensors(path):
+def read_tensors(path: str | Path) -> object:
     """torch.load restricted to tensors and plain types, with errors in one line."""
     if not Path(path).is_file():
         raise UserError(f"no checkpoint {path}; run the step that writes it, or pass its path")
@@ -102,7 +108,7 @@ def read_tensors(path):
     return value
 
 
-def _check_extent(value, path):
+def _check_extent(value: object, path: str | Path) -> None:
     """UserError if a tensor claims more elements than the file holds for it: a copy of it would fill the memory."""
     if isinstance(value, torch.Tensor):
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():

@@ -1,26 +1,37 @@
-"""What a run says: the environment it ran in, one JSON line per event, progress bars, TensorBoard."""
+"""What a run reports: its environment, one JSON line per event, progress bars, TensorBoard.  No torch at the top."""
+from __future__ import annotations
+
 import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
 
 from utils.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+    from torch.utils.tensorboard import SummaryWriter
 
-def environment(device=None):
-    """Facts that belong beside every number: git commit, dirty flag, torch version, device.  Plain types."""
+Item = TypeVar("Item")
+
+
+def environment(device: torch.device | None = None) -> dict[str, str | bool | None]:
+    """What is recorded beside every result: git commit, whether there were uncommitted changes, torch version, device.
+    """
     import torch
     commit, dirty = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     name = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else "cpu"
     return {"git_commit": commit or None, "git_dirty": bool(dirty), "torch": torch.__version__, "device_name": name}
 
 
-def _git(*words):
+def _git(*words: str) -> str:
     try:
         return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True,
                               timeout=10, check=True).stdout.strip()
@@ -28,14 +39,17 @@ def _git(*words):
         return ""
 
 
-def progress(iterable, description, total=None, unit="image"):
-    """A bar on stderr with rate and time left; silent where stderr is not a terminal and the loop takes under 10 s."""
+def progress(iterable: Iterable[Item], description: str, total: int | None = None, unit: str = "image") -> tqdm[Item]:
+    """Iterate with a bar on stderr: count, rate and time left; where stderr is a file, one line per half minute.
+
+    total: length of the iterable, if it has no len() of its own.
+    """
     return tqdm(iterable, desc=description, total=total, unit=unit, dynamic_ncols=True, file=sys.stderr,
                 mininterval=0.5 if sys.stderr.isatty() else 30)
 
 
-def memory_gb(device):
-    """GB in use: the most that this process's tensors took on a GPU, or what it has resident on a CPU (0: unknown)."""
+def memory_gb(device: torch.device) -> float:
+    """Memory of this process in GB: the peak of its tensors on a GPU, or its resident memory on a CPU (0: unknown)."""
     if device.type == "cuda":
         import torch
         return torch.cuda.max_memory_allocated(device) / 1e9
@@ -46,8 +60,8 @@ def memory_gb(device):
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
-def duration(seconds):
-    """Seconds in words of two units at most: 45 s, 12 min, 3 h 05 min."""
+def duration(seconds: float) -> str:
+    """Format seconds in at most two units: 45 s, 12 min, 3 h 05 min."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -57,17 +71,18 @@ def duration(seconds):
 class JsonLog:
     """log.jsonl: one object per line, appended and flushed at once.
 
-    start: bytes of an earlier log to go on from; what it holds beyond was written after the state that is gone on from.
+    start: bytes of an earlier log to keep when a run is resumed; the rest was written after the checkpoint.
     """
 
-    def __init__(self, path, start=0):
+    def __init__(self, path: str | Path, start: int = 0):
         self.path = path
         self.file = open(path, "r+b" if start and Path(path).is_file() else "wb")
         self.file.truncate(min(start, self.file.seek(0, os.SEEK_END)))
         self.file.seek(0, os.SEEK_END)
         self.started = time.time()
 
-    def write(self, **fields):
+    def write(self, **fields: object) -> None:
+        """Append a line of JSON values, with `seconds` since the start.  Raises UserError if the disk is full."""
         fields["seconds"] = round(time.time() - self.started, 2)
         try:
             self.file.write((json.dumps(fields) + "\n").encode())
@@ -76,40 +91,43 @@ class JsonLog:
             raise UserError(f"cannot write {self.path} ({error.strerror}); make room, and go on with "
                             "--resume") from None
 
-    def size(self):
+    def size(self) -> int:
         """Bytes written so far."""
         return self.file.tell()
 
-    def close(self):
+    def close(self) -> None:
         with contextlib.suppress(OSError):  # what a full disk did not take
             self.file.close()
 
 
 class NoLog:
-    """What a process writes that leaves the writing to rank 0."""
+    """The log of every rank but 0: nothing is written."""
 
-    def write(self, **_):
+    def write(self, **_: object) -> None:
         pass
 
-    def size(self):
+    def size(self) -> int:
         return 0
 
-    def close(self):
+    def close(self) -> None:
         pass
 
 
 class NoBoard:
-    """TensorBoard left out."""
+    """The TensorBoard writer of a run without --tensorboard."""
 
-    def add_scalar(self, *_):
+    def add_scalar(self, *_: object) -> None:
         pass
 
-    def close(self):
+    def close(self) -> None:
         pass
 
 
-def tensorboard(folder, step):
-    """A writer of TensorBoard events; what it wrote from `step` on, before a run was killed, is dropped."""
+def tensorboard(folder: str | Path, step: int) -> SummaryWriter:
+    """A writer of TensorBoard events that drops what an earlier, killed run wrote from `step` on.
+
+    Raises UserError if the tensorboard package is missing.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,29 +1,36 @@
-"""Every flag of the scripts, declared once: its type, unit, meaning and default."""
+"""Every flag of the scripts, declared once: its type, unit, meaning, default and group."""
 import argparse
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from utils import distributed
+from utils.datasets import DATASETS
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class Flag:
     """type: converter, or bool for --x/--no-x.  default: what holds if neither the user nor an upstream record says."""
-    type: object
+    type: Callable[[str], object]
     help: str
     default: object = None
-    choices: tuple = None
-    nargs: str = None
-    metavar: str = None
+    choices: tuple[str, ...] | None = None
+    nargs: int | str | None = None
+    metavar: str | tuple[str, ...] | None = None
 
 
-def _number(kind, low, high=float("inf"), open_low=False):
-    def convert(text):
+def number(kind: type, low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], float]:
+    """A converter of text to an `int` or `float` from `low` (excluded if `above`) to `high`."""
+    def convert(text: str) -> float:
         value = kind(text)
-        if not low <= value <= high or (open_low and value == low):
-            bounds = f"above {low}" if open_low else f"at least {low}"
+        if not low <= value <= high or (above and value == low):
+            bounds = f"above {low}" if above else f"at least {low}"
             raise argparse.ArgumentTypeError(f"{text} is out of range; it must be {bounds}"
                                              + (f" and at most {high}" if high != float("inf") else ""))
         return value
@@ -31,66 +38,65 @@ def _number(kind, low, high=float("inf"), open_low=False):
     return convert
 
 
-count, natural, side = _number(int, 1), _number(int, 0), _number(int, 32)
-positive, share, weight = _number(float, 0, open_low=True), _number(float, 0, 1), _number(float, 0)
+def point(text: str) -> tuple[int, int]:
+    """X,Y -> (x, y) in pixels, from the image's upper left corner."""
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text} is no pixel; pass two whole numbers such as 120,80")
+    return tuple(map(int, parts))
+
+
+count, natural, side = number(int, 1), number(int, 0), number(int, 32)
+positive, ratio, weight = number(float, 0, above=True), number(float, 0, 1), number(float, 0)
 # Of a CRF's kernels. Narrower ones would overflow pydensecrf's 16-bit lattice coordinates on large images.
-width, strength = _number(float, 0.5, 10_000), _number(float, 0, 10_000)
+width, strength = number(float, 0.5, 10_000), number(float, 0, 10_000)
 
 FLAGS = {
-    "dataset": Flag(str, "layout of the data", "pet", choices=("pet", "voc", "coco", "folder")),
+    "dataset": Flag(str, "layout of the data", "pet"),
     "data_root": Flag(str, "folder of the dataset"),
     "split": Flag(str, "split to work on; pet: trainval, test; voc: trainaug, train, val, test, ...; coco: train, val, "
                        "val_labelled; folder: all or the name of a list <split>.txt"),
     "difficult": Flag(bool, "voc: objects marked difficult count as image labels, as in published code", True),
     "ids": Flag(str, "text file of image ids, one a line: work on these images of the split only", metavar="FILE"),
     "limit": Flag(count, "only the first N images", metavar="N"),
+    "images": Flag(str, "an image or a folder of images, instead of a dataset's split (default: none)", metavar="PATH"),
     "download": Flag(bool, "fetch Oxford-IIIT Pet (0.8 GB) if it is not there", False),
-    "backbone": Flag(str, "trunk of the network", "resnet50",
-                     choices=("resnet18", "resnet34", "resnet50", "resnet101", "resnet38")),
+    "backbone": Flag(str, "backbone of the network: resnet18, resnet34, resnet50, resnet101 or resnet38", "resnet50"),
     "width": Flag(positive, "channel multiplier of resnet38", 1.0),
-    "output_stride": Flag(int, "pixels per cell of the trunk's last map", 16, choices=(8, 16)),
+    "output_stride": Flag(int, "pixels per cell of the backbone's last feature map", 16, choices=(8, 16)),
     "dilated": Flag(bool, "dilate a ResNet's layers whose stride was taken out (IRN does not)", True),
-    "pretrained": Flag(str, "initial weights of the trunk: imagenet, none, or a file (python -m models.weights FILE "
+    "pretrained": Flag(str, "initial weights of the backbone: imagenet, none, or a file (python -m models.weights FILE "
                             "says which part it would fill)"),
     "bn": Flag(str, "batch normalisation: frozen, train, or auto = frozen where its statistics were loaded, else train",
                "auto", choices=("auto", "frozen", "train")),
-    "freeze": Flag(natural, "how many of the trunk's first blocks stay as loaded (block 1 is the stem; 0 with "
+    "freeze": Flag(natural, "how many of the backbone's first blocks stay as loaded (block 1 is the stem; 0 with "
                             "random weights)", 2),
-    "method": Flag(str, "maps of stage 1: cam; common = the common-object head says where and the CAM which; avc = "
-                        "affinity vector consistency, a CAM refined by affinities that two views agree on; "
-                        "left out: common with pretrained weights, cam with random ones",
-                   choices=("cam", "common", "avc")),
-    "avc_equivariance": Flag(weight, "weight of AVC's term that two views have the same affinity vectors; 0: none",
-                             2.0),
-    "avc_agreement": Flag(weight, "weight of AVC's term that cells of one label have the same vector; 0: none", 0.2),
-    "avc_separation": Flag(weight, "weight of AVC's term that cells of different labels have no affinity; 0: none",
-                           1.0),
-    "avc_consistency": Flag(weight, "weight of AVC's term that two views' refined maps are the same; 0: none", 0.0),
-    "avc_colour": Flag(weight, "how far colours may differ within an object, in standard deviations of ImageNet's "
-                               "colours; 0: AVC does not look at colours", 0.0),
-    "avc_start": Flag(_number(float, 0, 0.9), "share of the training after which AVC's terms set in: until then the "
-                                              "CAMs form", 0.2),
-    "cutmix": Flag(share, "share of the steps whose images get a rectangle of another, and its labels (CutMix)", 0.0),
+    "method": Flag(str, "seed method of stage 1: cam = class activation maps; common = a discriminant of what a "
+                        "class's images share says where the object is, the CAM which class; avc = affinity vector "
+                        "consistency, CAMs refined along affinities that two views agree on; left out: common with "
+                        "pretrained weights, cam with random ones"),
+    "cutmix": Flag(ratio, "probability that a step pastes rectangles between its images and mixes their labels "
+                           "(CutMix)", 0.0),
     "batch_size": Flag(count, "images per step, of all processes together", 16),
-    "accumulate": Flag(count, "compute each step in N parts, one after the other, each of batch_size / N images: less "
-                              "memory, the same step", 1, metavar="N"),
+    "accumulate": Flag(count, "compute each step in N micro-batches of batch_size / N images, one after the other: "
+                              "less memory", 1, metavar="N"),
     "clip_grad": Flag(weight, "largest norm of the gradient; a longer one is scaled down to it (0: never)", 0.0),
-    "compile": Flag(bool, "compile the trunk with torch.compile: minutes at the start, faster steps on GPUs", False),
+    "compile": Flag(bool, "compile the backbone with torch.compile: minutes at the start, faster steps on GPUs", False),
     "save_every": Flag(weight, "minutes after which the state is saved within an epoch too (0: never)", 10.0),
     "epochs": Flag(count, "passes over the training images"),
-    "lr": Flag(positive, "initial learning rate of the trunk; heads get --head_lr times as much", 0.01),
+    "lr": Flag(positive, "initial learning rate of the backbone; heads get --head_lr times as much", 0.01),
     "head_lr": Flag(positive, "learning-rate multiplier of newly initialised heads", 10.0),
-    "momentum": Flag(share, "SGD momentum", 0.9),
+    "momentum": Flag(ratio, "SGD momentum", 0.9),
     "weight_decay": Flag(weight, "SGD weight decay, of weights only (not of biases and batch normalisation)", 1e-4),
     "crop_size": Flag(side, "side of the square training crop in pixels, rounded to 16k + 1", 448),
     "long_side": Flag(side, "range from which a training image's long side is drawn, in pixels; left out: 5/8 to 5/4 "
                             "of the crop", nargs=2, metavar=("MIN", "MAX")),
     "max_size": Flag(side, "images with a longer side, in pixels, are scaled down to it for the networks and the CRF",
                      1024),
-    "val_fraction": Flag(_number(float, 0, 0.5), "share of the training images held out to choose model_best "
+    "val_fraction": Flag(number(float, 0, 0.5), "fraction of the training images held out to choose model_best "
                                                  "(by labels or pseudo-labels, never by ground-truth masks)", 0.1),
     "scales": Flag(positive, "image scales whose maps are averaged", (0.5, 1.0, 1.5), nargs="+"),
-    "flip": Flag(bool, "average with the mirrored image", True),
+    "flip": Flag(bool, "average with the horizontally flipped image", True),
     "merge": Flag(str, "how the scales are merged: mean of the logits, or max of the softmax", "mean",
                   choices=("mean", "max")),
     "labels": Flag(str, "image labels that gate the maps: gt (known) or predicted by the classifier",
@@ -101,6 +107,15 @@ FLAGS = {
     "mask_dir": Flag(str, "folder of masks (PNG)"),
     "model_path": Flag(str, "checkpoint to start from, ours or a published one"),
     "output_dir": Flag(str, "folder for the results"),
+    "overwrite": Flag(bool, "make finished files again if they were made with other settings, images or labels", False),
+    "save_overlays": Flag(bool, "also write the masks laid over the images", False),
+    "save_walk": Flag(bool, "also write the propagation of up to 8 images as animated GIFs to <output_dir>/walks",
+                      False),
+    "show_affinity": Flag(point, "also write heat maps of the affinity of pixel X,Y with all others to "
+                                 "<output_dir>/affinity: of the CAM network and of AffinityNet, for --images or the "
+                                 "first 8 images of the split (default: none)", metavar="X,Y"),
+    "submission": Flag(str, "also pack the masks of --dataset voc --split test (or val) for the VOC evaluation server "
+                            "(default: none)", metavar="FILE.tgz"),
     "crf": Flag(bool, "refine with a dense CRF", True),
     "crf_preset": Flag(str, "parameters of the dense CRF", "psa", choices=("psa", "irn", "seamv1", "mctformer", "avc")),
     "crf_gaussian_sxy": Flag(width, "width of the CRF's smoothness kernel in pixels; left out: the preset's"),
@@ -109,18 +124,18 @@ FLAGS = {
     "crf_bilateral_srgb": Flag(width, "width of the CRF's appearance kernel in grey levels (0..255); left out: the "
                                       "preset's"),
     "crf_bilateral_compat": Flag(strength, "weight of the CRF's appearance kernel; left out: the preset's"),
-    "crf_iterations": Flag(_number(int, 0, 1000), "mean-field steps of the CRF; left out: the preset's"),
+    "crf_iterations": Flag(number(int, 0, 1000), "mean-field steps of the CRF; left out: the preset's"),
     "crf_backend": Flag(str, "what computes the CRF: pydensecrf on the CPU, or torch on --device; auto = pydensecrf "
                              "where it can be imported, else torch", "auto", choices=("auto", "pydensecrf", "torch")),
     "alpha_low": Flag(positive, "background exponent for confident foreground", 4.0),
     "alpha_high": Flag(positive, "background exponent for confident background", 24.0),
     "bg_alpha": Flag(positive, "exponent of the background score (1 - max cam)^alpha", 6.0),
-    "bg_threshold": Flag(share, "share of the scores from which on a pixel counts as foreground", 0.5),
+    "bg_threshold": Flag(ratio, "foreground probability from which on a pixel counts as foreground", 0.5),
     "beta": Flag(positive, "element-wise power of the affinities in the random walk", 8.0),
     "walk_steps": Flag(natural, "power t of the transition matrix", 256),
     "walk_eps": Flag(weight, "bound of the walk's error relative to the scores: t steps become a few dozen; 0 takes "
                              "them one by one", 1e-3),
-    "radius": Flag(_number(int, 2), "pixel pairs closer than this, in stride-8 cells, have an affinity", 5),
+    "radius": Flag(number(int, 2), "pixel pairs closer than this, in stride-8 cells, have an affinity", 5),
     "device": Flag(str, "cpu, cuda or cuda:N; auto takes a GPU if there is one", "auto"),
     "precision": Flag(str, "arithmetic of the networks; bf16 is autocast, scores and losses stay float32", "fp32",
                       choices=("fp32", "bf16")),
@@ -135,85 +150,95 @@ FLAGS = {
 }
 
 DATA = ("dataset", "data_root", "split", "ids", "limit", "difficult")
-MACHINE = ("device", "precision", "workers", "on_bad_image", "seed", "dry_run")
+NETWORK = ("backbone", "width", "output_stride", "dilated")
+BACKBONE = (*NETWORK, "pretrained")
 TRAINING = ("batch_size", "epochs", "lr", "head_lr", "momentum", "weight_decay", "crop_size", "max_size",
             "val_fraction", "bn", "freeze", "accumulate", "clip_grad", "compile", "save_every", "resume", "tensorboard")
-NETWORK = ("backbone", "width", "output_stride", "dilated")
-TRUNK = (*NETWORK, "pretrained")
 MAPS = ("scales", "flip", "labels")
-AVC = ("avc_equivariance", "avc_agreement", "avc_separation", "avc_consistency", "avc_colour", "avc_start")
 CRF = ("crf_preset", "crf_gaussian_sxy", "crf_gaussian_compat", "crf_bilateral_sxy", "crf_bilateral_srgb",
        "crf_bilateral_compat", "crf_iterations", "crf_backend")
 WALK = ("bg_alpha", "bg_threshold", "beta", "walk_steps", "walk_eps", "radius")
+MACHINE = ("device", "precision", "workers", "on_bad_image", "seed", "dry_run")
+GROUPS = {"data": (*DATA, "images", "download"), "network": (*BACKBONE, "head", "model_path"),
+          "training": (*TRAINING, "long_side", "cutmix"), "maps": ("method", *MAPS, "merge"),
+          "affinity labels": ("alpha_low", "alpha_high"), "random walk": WALK, "dense CRF": ("crf", *CRF),
+          "folders": ("cam_dir", "mask_dir", "output_dir", "overwrite"),
+          "extras": ("save_overlays", "save_walk", "show_affinity", "submission"), "machine": MACHINE}
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line with exit status 2.  `defaults` overrides those of FLAGS for one script.
+    """The flags of one step, in the groups of GROUPS.  Errors are one line with exit status 2.
 
-    datasets: {dataset: {flag: default}}, taken by `resolve`.  heads: {DeepLab's head: {flag: default}}, taken by
-    `settle_head`.
+    names: of FLAGS.  step: whose defaults by dataset hold ("stage1", "stage2", "masks", "deeplab"), taken by `resolve`.
+    heads: {DeepLab's head: {flag: default}}, taken by `settle_head`.  methods: {seed method: its own flags}.
+    defaults: override those of FLAGS for this step.
     """
 
-    def __init__(self, description, names, datasets, heads=None, **defaults):
+    def __init__(self, description: str, names: Sequence[str], step: str,
+                 heads: Mapping[str, Mapping[str, object]] | None = None,
+                 methods: Mapping[str, Mapping[str, Flag]] | None = None, **defaults: object):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
         self.flags, self.heads = {}, heads or {}
-        self.datasets = {dataset: {name: value for name, value in recipe.items() if name in names}
-                         for dataset, recipe in datasets.items()}
+        self.datasets = {name: {"data_root": layout.data_root, **{flag: value for flag, value in
+                                layout.defaults.get(step, {}).items() if flag in names}}
+                         for name, layout in DATASETS.items()}
         open_flags = {name for recipe in self.heads.values() for name in recipe}
-        for name in names:
-            self._declare(name, None if name in open_flags else defaults.get(name, FLAGS[name].default))
-        self.epilog = "\n".join([*_recipe_lines("dataset", self.datasets), *_recipe_lines("DeepLab's head", self.heads)])
+        for title, members in GROUPS.items():
+            group = self.add_argument_group(title)
+            for name in members:
+                if name in names:
+                    default = None if name in open_flags else defaults.get(name, FLAGS[name].default)
+                    self._declare(group, name, FLAGS[name], default)
+        for method, own in (methods or {}).items():
+            group = self.add_argument_group(f"--method {method}")
+            for name, flag in own.items():
+                self._declare(group, name, flag, flag.default)
+        self.epilog = "\n".join(_recipe_lines("dataset", self.datasets) + _recipe_lines("DeepLab's head", self.heads))
 
-    def _declare(self, name, default):
-        flag = FLAGS[name]
+    def _declare(self, group: argparse._ArgumentGroup, name: str, flag: Flag, default: object) -> None:
         self.flags[name] = default
-        shown = " ".join(map(str, default)) if isinstance(default, (tuple, list)) else default
-        text = flag.help + (f" (default: {'on' if default is True else 'off' if default is False else shown})"
-                            if default is not None else " (default: inherited or chosen by the step)")
+        told = " ".join(map(str, default)) if isinstance(default, (tuple, list)) else default
+        text = flag.help
+        if default is not None:
+            text += f" (default: {'on' if default is True else 'off' if default is False else told})"
+        elif "(default: " not in text:
+            text += " (default: inherited or chosen by the step)"
         keywords = {"dest": name, "default": None, "help": text.replace("%", "%%")}
         if flag.type is bool:
             keywords["action"] = argparse.BooleanOptionalAction
         else:
-            keywords.update(type=flag.type, choices=flag.choices, nargs=flag.nargs, metavar=flag.metavar)
-        self.add_argument(f"--{name}", **keywords)
+            choices = tuple(DATASETS) if name == "dataset" else flag.choices
+            keywords.update(type=flag.type, choices=choices, nargs=flag.nargs, metavar=flag.metavar)
+        group.add_argument(f"--{name}", **keywords)
 
-    def settle_head(self, head):
+    def settle_head(self, head: str) -> None:
         """Take the defaults of one of DeepLab's heads, once it is known."""
         self.flags.update(self.heads[head])
 
-    def error(self, message):
+    def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def add_show_affinity(parser):
-    """Declare --show_affinity X,Y of steps 3 and 4."""
-    parser.add_argument("--show_affinity", type=point, metavar="X,Y", help="also write heat maps of the affinity of "
-                        "pixel X,Y with all others to <output_dir>/affinity: of the CAM network and of AffinityNet, "
-                        "for --images or the first 8 images of the split")
+def _recipe_lines(what: str, recipes: Mapping[str, Mapping[str, object]]) -> list[str]:
+    lines = [f"  {name}: {_listed(recipe)}" for name, recipe in recipes.items()]
+    return [f"defaults by {what}:", *lines] if lines else []
 
 
-def point(text):
-    """X,Y -> (x, y) in pixels, from the image's upper left corner."""
-    parts = text.split(",")
-    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text} is no pixel; pass two whole numbers such as 120,80")
-    return tuple(map(int, parts))
+def _listed(values: Mapping[str, object]) -> str:
+    return " ".join(f"{name}={_told(value)}" for name, value in values.items())
 
 
-def _recipe_lines(what, recipes):
-    return [f"defaults by {what}:"] * bool(recipes) + [f"  {name}: {_listed(recipe)}" for name, recipe in recipes.items()]
+def _told(value: object) -> object:
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _listed(values):
-    return " ".join(f"{name}={_shown(value)}" for name, value in values.items())
-
-
-def resolve(parser, args, upstream=None, source=None, inherit=()):
+def resolve(parser: Parser, args: argparse.Namespace, upstream: Mapping[str, object] | None = None,
+            source: str | None = None, inherit: Sequence[str] = ()) -> argparse.Namespace:
     """Fill every flag left at None: from the upstream step's record if its name is in `inherit`, else by the default
     of the dataset, else by its own.
 
-    upstream: dict of options, or None.  source: where it comes from, for the printed line.  Of a record of another
+    upstream: the record's options, or None.  source: where it comes from, for the printed line.  Of a record of another
     dataset than --dataset, nothing that says where the data is counts.
     Returns args; what came from upstream or from the dataset is printed, so that nothing is settled in silence.
     """
@@ -221,6 +246,9 @@ def resolve(parser, args, upstream=None, source=None, inherit=()):
     if args.dataset not in (None, upstream.get("dataset")):
         upstream = {name: value for name, value in upstream.items() if name not in DATA}
     dataset = args.dataset or upstream.get("dataset") or parser.flags["dataset"]
+    if dataset not in DATASETS:
+        raise UserError(f"{source} was made from --dataset {dataset}, which is not registered here; pass --dataset "
+                        f"{', '.join(DATASETS)}")
     open_flags = [name for name in parser.flags if getattr(args, name) is None]
     inherited = {name: upstream[name] for name in open_flags if name in upstream}
     recipe = {name: value for name, value in parser.datasets[dataset].items()
@@ -235,22 +263,13 @@ def resolve(parser, args, upstream=None, source=None, inherit=()):
     return args
 
 
-def _shown(value):
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-
-
-def skips_bad(options):
-    """Whether --on_bad_image leaves out images that cannot be decoded."""
-    return options.get("on_bad_image") == "skip"
-
-
-def print_options(step, args):
+def print_options(step: str, options: Mapping[str, object]) -> None:
     """Print the resolved options in one block."""
-    values = {name: value for name, value in sorted(vars(args).items()) if value is not None}
-    print(f"{step}\n  " + "  ".join(f"{name}={_shown(value)}" for name, value in values.items()), file=sys.stderr)
+    values = {name: value for name, value in sorted(options.items()) if value is not None}
+    print(f"{step}\n  " + "  ".join(f"{name}={_told(value)}" for name, value in values.items()), file=sys.stderr)
 
 
-def pick_device(name):
+def pick_device(name: str) -> "torch.device":
     """torch.device of --device; UserError where it is not to be had.  Several processes get a GPU each."""
     import torch
     if name == "auto":
@@ -263,7 +282,10 @@ def pick_device(name):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"no device {name!r}; pass --device cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name} but PyTorch sees no GPU; pass --device cpu")
+        device = None
+    if str(device) != name or device.type not in ("cpu", "cuda"):  # torch takes cuda:256 for cuda:0
+        raise UserError(f"no device {name!r} here; pass --device cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        seen = f"{torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "no GPU"
+        raise UserError(f"--device {name} but PyTorch sees {seen}; pass --device cpu, or one that there is")
     return device

@@ -1,31 +1,40 @@
-"""One function over many items in several processes or threads, in order. No torch: every worker imports this file."""
+"""One function over many items in several processes or threads, in order. No torch: every worker imports this file.
 
+Each process is lent to one thread at a time, over a pipe of its own. It can be killed at any moment, by the system too,
+without a queue that others read from being left in a broken state, as in the pools of concurrent.futures and joblib.
+"""
 import contextlib
 import itertools
 import multiprocessing
 import os
+import pickle
+import queue
 import signal
-import sys
 import threading
+import traceback
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-
-from tqdm import tqdm
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from typing import TypeVar
 
 from utils.errors import UserError
+from utils.log import progress
 
 IN_FLIGHT = 4  # items a worker may be ahead of the reader: enough to hide one slow item, few enough to hold in memory
-MANAGER_SECONDS = 5  # the most to wait for a stopped pool's thread
-THREAD_LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class WorkError(UserError, RuntimeError):
     """A failure in a worker that a user can mend, told in one line."""
 
 
-def map_parallel(function, items, workers, description, threads=False):
+def map_parallel(function: Callable[[Item], Result], items: Iterable[Item], workers: int, description: str,
+                 threads: bool = False) -> Iterator[Result]:
     """Apply a function to every item in worker processes, with a progress bar.
 
     function: a function of one item, importable by name (or a functools.partial of one); what it takes and returns is
@@ -43,31 +52,28 @@ def map_parallel(function, items, workers, description, threads=False):
     total = len(items) if hasattr(items, "__len__") else None
     iterator = iter(items)
     head = list(itertools.islice(iterator, 3))
+    items = itertools.chain(head, iterator)
     call = partial(_named_call, function, description)
-    everything = itertools.chain(head, iterator)
     if workers <= 1 or len(head) < 3:
-        return _with_bar((call(item) for item in everything), total, description)
-    pooled = _threaded(call, everything, workers) if threads else _pooled(call, everything, workers, description)
-    return _with_bar(pooled, total, description)
+        results = (call(item) for item in items)
+    else:
+        workers = min(workers, total or workers)
+        results = _pooled(_threads(call) if threads else _processes(function, workers, description), items, workers)
+    return _with_bar(results, total, description)
 
 
-def item_name(item):
+def item_name(item: object) -> str:
     """Name an item in a message: the first entry of a tuple, str() of anything else."""
     return str(item[0] if isinstance(item, tuple) and item else item)
 
 
-def _with_bar(results, total, description):
-    # A log file gets a line each half minute, not ten a second.
-    pause = 0.1 if sys.stderr.isatty() else 30
-    bar = tqdm(total=total, desc=description, unit="image", mininterval=pause)
-    with contextlib.closing(results), bar:
-        for result in results:
-            bar.update()
-            yield result
+def _with_bar(results: Generator[Result, None, None], total: int | None, description: str) -> Iterator[Result]:
+    with contextlib.closing(results):
+        yield from progress(results, description, total)
 
 
-def _named_call(function, description, item):
-    # Wrapped in the worker, so that only exceptions of one argument, which always unpickle, cross to the parent.
+def _named_call(function: Callable[[Item], Result], description: str, item: Item) -> Result:
+    # Only exceptions of one argument, which always unpickle, cross from a worker to the parent.
     try:
         return function(item)
     except (UserError, OSError) as error:
@@ -76,61 +82,85 @@ def _named_call(function, description, item):
         raise RuntimeError(f"{description}: {item_name(item)}: {type(error).__name__}: {error}") from error
 
 
-def _pooled(call, items, workers, description):
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    waiting = deque()  # (item name, future), oldest first
-    try:
-        for item in items:
-            with _spawning():
-                waiting.append((item_name(item), pool.submit(call, item)))
-            if len(waiting) >= IN_FLIGHT * workers:
-                yield waiting[0][1].result()
-                waiting.popleft()
-        while waiting:
-            yield waiting[0][1].result()
-            waiting.popleft()
-        pool.shutdown()
-    except BrokenProcessPool:
-        raise WorkError(_killed_message(description, waiting, workers)) from None
-    finally:
-        _stop(pool)
+def _pooled(setting: contextlib.AbstractContextManager[Callable[[Item], Result]], items: Iterable[Item],
+            workers: int) -> Generator[Result, None, None]:
+    """The results in order, of at most IN_FLIGHT items a worker at a time.
 
-
-def _threaded(call, items, workers):
-    import torch
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)  # what threads started from now on compute with
-    pool, waiting = ThreadPoolExecutor(workers), deque()
+    setting: what the workers need while they work; it gives the function that a thread calls for an item.
+    """
+    pool = ThreadPoolExecutor(workers)
     try:
-        for item in items:
-            waiting.append(pool.submit(call, item))
-            if len(waiting) >= IN_FLIGHT * workers:
+        with setting as compute:
+            futures = (pool.submit(compute, item) for item in items)
+            waiting = deque(itertools.islice(futures, IN_FLIGHT * workers))
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+                waiting.extend(itertools.islice(futures, 1))
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(count)
-
-
-def _killed_message(description, waiting, workers):
-    near = f" at or after {waiting[0][0]}" if waiting else ""
-    return (
-        f"{description}: the system ended a worker process{near}, most often because memory ran out; "
-        f"run again with fewer --workers (now {workers}), or with more memory"
-    )
 
 
 @contextlib.contextmanager
-def _spawning():
+def _threads(call: Callable[[Item], Result]) -> Iterator[Callable[[Item], Result]]:
+    """Let torch compute on one thread in each of the threads started inside."""
+    import torch
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that have started keep theirs
+    try:
+        yield call
+    finally:
+        torch.set_num_threads(count)
+
+
+@contextlib.contextmanager
+def _processes(function: Callable[[Item], Result], workers: int,
+               description: str) -> Iterator[Callable[[Item], Result]]:
+    """Start processes that end with the block; gives a function that lets a free one compute an item."""
+    context, free, processes = multiprocessing.get_context("spawn"), queue.SimpleQueue(), []
+
+    def compute(item: Item) -> Result:
+        pipe = free.get()
+        try:
+            pipe.send(item)
+            result, error, trace = pipe.recv()
+        except (EOFError, OSError):
+            raise WorkError(
+                f"{description}: the system ended a worker process at {item_name(item)}, most often because memory ran "
+                f"out; run again with fewer --workers (now {workers}), or with more memory") from None
+        finally:
+            free.put(pipe)
+        if error is not None:
+            raise error from RuntimeError(f"in the worker\n{trace}")
+        return result
+
+    try:
+        with _worker_birth():
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                processes.append(context.Process(target=_work, args=(function, description, theirs), daemon=True))
+                processes[-1].start()
+                theirs.close()  # the worker has its own: once it ends, reading from `ours` does too
+                free.put(ours)
+        yield compute
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+
+
+@contextlib.contextmanager
+def _worker_birth() -> Iterator[None]:
     """Let the processes started inside inherit one thread each and a blocked Ctrl-C, both from their very first import.
 
-    An initializer comes too late for either: by then the worker has imported the script, and numpy or torch with it.
+    Setting them in the worker would be too late: it imports the script first, and numpy or torch with it.
     """
-    saved = {name: os.environ.get(name) for name in THREAD_LIMITS}
+    saved = {name: os.environ.get(name) for name in ONE_THREAD}
     block = getattr(signal, "pthread_sigmask", None)  # not on Windows
-    mask = block(signal.SIG_BLOCK, {signal.SIGINT}) if block else None
-    os.environ.update(dict.fromkeys(THREAD_LIMITS, "1"))
+    if block:
+        resource_tracker.ensure_running()  # multiprocessing's own process, whose start would unblock Ctrl-C again
+        mask = block(signal.SIG_BLOCK, {signal.SIGINT})
+    os.environ.update(ONE_THREAD)
     try:
         yield
     finally:
@@ -143,23 +173,21 @@ def _spawning():
             block(signal.SIG_SETMASK, mask)
 
 
-def _start_worker():
+def _work(function: Callable[[Item], Result], description: str, pipe: Connection) -> None:
+    """What a worker does: receives items, and sends (result, None, None) or (None, error, its traceback as text)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    with contextlib.suppress(EOFError):  # the parent has ended
+        while True:
+            item = pipe.recv()
+            try:
+                reply = _named_call(lambda item: pickle.dumps((function(item), None, None)), description, item)
+            except RuntimeError as error:
+                reply = pickle.dumps((None, error, traceback.format_exc()))
+            pipe.send_bytes(reply)
 
 
-def _end_with_parent():
-    # A pool's worker would wait for work for ever if its parent were killed.
+def _end_with_parent() -> None:
+    # A worker notices by itself only when it asks for its next item.
     multiprocessing.parent_process().join()
     os._exit(1)
-
-
-def _stop(pool):
-    # Stopped here only if the work is not finished. The processes are public only since Python 3.14, the thread never.
-    running, manager = list((pool._processes or {}).values()), pool._executor_manager_thread
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in running:
-        process.terminate()
-    # The thread closes its pipe when it sees its workers end; a program that ends meanwhile writes to a closed pipe.
-    if manager is not None:
-        manager.join(MANAGER_SECONDS)

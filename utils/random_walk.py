@@ -2,18 +2,20 @@
 
 An affinity is a *stencil*: a tensor (P, h, w) in [0, 1] whose entry [p, y, x] is the affinity between the pixels
 (y, x) and (y + dy_p, x + dx_p), where (dy_p, dx_p) = offsets[p], and 0 where the partner lies outside the grid. Each
-pair is stored once, at its upper (or left) pixel. Pairs between border pixels are kept; published code drops them.
+pair is stored once, at its upper (or left) pixel. Pairs near the border are included; published code drops them.
 """
-
 import functools
 import math
 import warnings
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
+Offsets = Sequence[tuple[int, int]]  # (dy, dx) of each pair
 
-def half_disc(radius):
+
+def half_disc(radius: float) -> list[tuple[int, int]]:
     """List the pixel pairs within a radius, each pair once (Ahn & Kwak 2018, Sec. 3.2).
 
     radius: pixels, above 0.
@@ -27,10 +29,10 @@ def half_disc(radius):
     return [(dy, dx) for dy, dx in disc if dy > 0 or dx > 0]
 
 
-def transition(affinity, offsets, beta=8.0):
+def transition(affinity: torch.Tensor, offsets: Offsets, beta: float = 8.0) -> torch.Tensor:
     """Build the transition matrix T = D^-1 A^beta of the walk (Ahn & Kwak 2018, Sec. 3.3).
 
-    affinity: (P, h, w) float stencil, values in [0, 1]; its values for partners outside the grid are not read.
+    affinity: (P, h, w) float stencil, values in [0, 1]; values for partners outside the grid are not read.
     offsets: P pairs (dy, dx) in the half plane of `half_disc`.
     beta: element-wise power above 0 that suppresses weak affinities.
     Returns T, (N, N) sparse CSR float32 on the affinity's device, N = h * w, pixels in raster order: A is made
@@ -48,8 +50,9 @@ def transition(affinity, offsets, beta=8.0):
     return _csr(inside, column, weight)
 
 
-def walk_frames(scores, affinity, offsets, beta=8.0, steps=256, every=16):
-    """Walk as `random_walk` does and show the scores on the way, for an animation.
+def walk_frames(scores: torch.Tensor, affinity: torch.Tensor, offsets: Offsets, beta: float = 8.0, steps: int = 256,
+                every: int = 16) -> Iterator[tuple[int, torch.Tensor]]:
+    """Walk as `random_walk` with eps = 0 and return intermediate scores, for an animation.
 
     scores, affinity, offsets, beta, steps: as in `random_walk`.  every: steps between two frames, at least 1.
     Returns an iterator over (step, scores (K, h, w)): step 0, then each multiple of `every`, and `steps` last.
@@ -61,32 +64,35 @@ def walk_frames(scores, affinity, offsets, beta=8.0, steps=256, every=16):
     return _walk(scores, transition(affinity.detach(), offsets, beta), steps, every)
 
 
-def random_walk(scores, affinity, offsets, beta=8.0, steps=256, eps=1e-3):
+def random_walk(scores: torch.Tensor, affinity: torch.Tensor, offsets: Offsets, beta: float = 8.0, steps: int = 256,
+                eps: float = 1e-3) -> torch.Tensor:
     """Propagate class scores along pixel affinities: T^steps scores (Ahn & Kwak 2018, Sec. 3.3).
 
     scores: (K, h, w) float, any finite values, at the affinity's grid.
     affinity: (P, h, w) float stencil, values in [0, 1], on the scores' device.  offsets: its P pairs (dy, dx).
     beta: element-wise power above 0 that suppresses weak affinities.  steps: power of T; 0 leaves the scores unchanged.
-    eps: bound of the error, in the norm below, of the polynomial that stands for T^steps; 0 for T^steps itself.
-    Returns (K, h, w), same device and dtype, without gradient. Products are sparse and float32, where published code
-    squares a dense (N, N) matrix: `steps` of them with eps 0, else as many as `chebyshev` has degrees (56 for T^256
-    at 1e-3). ||walked - T^steps scores|| <= eps ||scores|| for ||v||^2 = sum_i d_i v_i^2, d_i the row sums of A^beta: T is
-    symmetric there, with its spectrum in [-1, 1]. A constant map stays as it is.
+    eps: bound of the relative error, in the norm below, of a polynomial that replaces T^steps; 0 for T^steps itself.
+    Returns (K, h, w), same device and dtype, without gradient.
+    Products are sparse and float32, where published code squares a dense (N, N) matrix: `steps` of them with eps = 0,
+    else as many as the degree of `chebyshev`'s polynomial (56 for T^256 at 1e-3).
+    ||walked - T^steps scores|| <= eps ||scores|| for ||v||^2 = sum_i d_i v_i^2, d_i the row sums of A^beta: in this
+    inner product T is symmetric, with its spectrum in [-1, 1]. Constant scores stay constant.
     Raises ValueError if the grids or devices differ, steps or eps is negative, or a value is not finite.
     """
     return random_walks([scores], [affinity], offsets, beta, steps, eps)[0]
 
 
-def random_walks(scores, affinities, offsets, beta=8.0, steps=256, eps=1e-3):
-    """As `random_walk`, of several images at once: each product is one for all of them, which keeps a GPU busy.
+def random_walks(scores: Sequence[torch.Tensor], affinities: Sequence[torch.Tensor], offsets: Offsets,
+                 beta: float = 8.0, steps: int = 256, eps: float = 1e-3) -> list[torch.Tensor]:
+    """`random_walk` of several images at once: a block-diagonal T keeps a GPU busy with one product for all of them.
 
-    scores, affinities: one tensor an image, whose grids and numbers of maps may differ.  Returns a list.
+    scores, affinities: one tensor per image; grids and numbers of maps may differ.  Returns a list of (K, h, w).
     """
     for one, affinity in zip(scores, affinities, strict=True):
         _check_scores(one, affinity)
     if steps < 0 or not eps >= 0:
-        raise ValueError(f"steps is {steps} and eps is {eps}; give steps >= 0, and eps 0 for the exact power or above it "
-                         "as a bound of the error")
+        raise ValueError(f"steps is {steps} and eps is {eps}; give steps >= 0, and eps = 0 for the exact power or "
+                         "eps > 0 as a bound of the error")
     matrix = _block_diagonal([transition(affinity.detach(), offsets, beta) for affinity in affinities])
     most = max(map(len, scores))
     columns = torch.cat([_columns(one, most) for one in scores])  # (N of all images, most + padding)
@@ -95,28 +101,29 @@ def random_walks(scores, affinities, offsets, beta=8.0, steps=256, eps=1e-3):
 
 
 @functools.lru_cache(maxsize=32)
-def chebyshev(steps, eps):
+def chebyshev(steps: int, eps: float) -> tuple[float, ...]:
     """Coefficients c of a polynomial sum_k c_k T_k(x), T_k Chebyshev's, within eps of x^steps on [-1, 1].
 
-    x^n is exactly such a sum, c_k the chance that n fair steps of +-1 end k away from 0 (Sachdeva & Vishnoi 2014,
-    Thm. 3.1). What lies beyond a distance is dropped while it weighs at most eps / 2, and the rest scaled to sum 1, so
-    that the polynomial is 1 at 1: another eps / 2.  steps: n, at least 0.  eps: above 0.  Returns a tuple of floats.
+    x^n is exactly such a sum, c_k the probability that n fair steps of +-1 end k away from 0 (Sachdeva & Vishnoi 2014,
+    Thm. 3.1). The highest coefficients are dropped as long as they sum to at most eps / 2, and the others are scaled to
+    sum 1, so that the polynomial is 1 at 1, which adds another eps / 2.
+    steps: n, at least 0.  eps: above 0.  Returns the coefficients.  Raises ValueError for negative steps.
     """
     if steps < 0:
         raise ValueError(f"steps is {steps}; give 0 or more")
-    chance = [2 * math.comb(steps, (steps - k) // 2) / 2**steps if (steps - k) % 2 == 0 else 0.0
-              for k in range(steps + 1)]
-    chance[0] /= 2
+    terms = [2 * math.comb(steps, (steps - k) // 2) / 2**steps if (steps - k) % 2 == 0 else 0.0
+             for k in range(steps + 1)]
+    terms[0] /= 2
     tail = 0.0
-    while len(chance) > 1 and tail + chance[-1] <= eps / 2:
-        tail += chance.pop()
-    total = math.fsum(chance)
-    return tuple(value / total for value in chance)
+    while len(terms) > 1 and tail + terms[-1] <= eps / 2:
+        tail += terms.pop()
+    total = math.fsum(terms)
+    return tuple(term / total for term in terms)
 
 
 @torch.no_grad()
-def _power(columns, matrix, steps, eps):
-    """matrix^steps columns, within eps; the cheaper of its expansion and of `steps` products."""
+def _power(columns: torch.Tensor, matrix: torch.Tensor, steps: int, eps: float) -> torch.Tensor:
+    """matrix^steps columns, within eps, by the cheaper of its Chebyshev expansion and `steps` products."""
     terms = chebyshev(steps, eps) if eps else ()
     if eps and len(terms) <= steps:
         return _expand(columns, matrix, terms)

@@ -1,30 +1,23 @@
-"""Defaults that depend on the dataset or on DeepLab's head; each run prints which of them it took."""
-
-DATA_ROOTS = {"pet": "data/oxford-iiit-pet", "voc": "data/VOCdevkit/VOC2012", "coco": "data/coco", "folder": "data/mine"}
-TEST_SPLITS = {"pet": "test", "voc": "val", "coco": "val"}  # that step 6 tests on; a folder's training split is all it has
-
-# Pet's settings were chosen on the training third of its sample (docs/results.md), where images are scaled to 512.
-PET = {"data_root": DATA_ROOTS["pet"], "max_size": 512}
-VOC = {"data_root": DATA_ROOTS["voc"], "max_size": 1024}
-COCO = {"data_root": DATA_ROOTS["coco"], "max_size": 1024}
-# IRN's classifier and PSA's AffinityNet, learning rates a tenth of theirs as momentum is true here (docs/published.md).
-CLASSIFIER = {"method": "cam", "batch_size": 16, "epochs": 5, "lr": 0.01, "head_lr": 10.0, "weight_decay": 1e-4,
-              "crop_size": 448, "scales": (0.5, 1.0, 1.5, 2.0)}
-AFFINITY = {"batch_size": 8, "epochs": 8, "lr": 0.01, "weight_decay": 5e-4, "alpha_low": 4.0, "alpha_high": 24.0,
-            "crf_preset": "psa"}
-WALK = {"bg_alpha": 16.0, "beta": 8.0, "walk_steps": 256, "crf_preset": "psa"}
+"""Published settings as defaults by dataset and by DeepLab's head; each run prints which of them it took."""
+# IRN's classifier, PSA's AffinityNet and its walk. Learning rates are a tenth of theirs, as momentum is true here
+# (docs/published.md).
+PUBLISHED = {
+    "stage1": {"method": "cam", "batch_size": 16, "epochs": 5, "lr": 0.01, "head_lr": 10.0, "weight_decay": 1e-4,
+               "crop_size": 448, "scales": (0.5, 1.0, 1.5, 2.0)},
+    "stage2": {"batch_size": 8, "epochs": 8, "lr": 0.01, "weight_decay": 5e-4, "alpha_low": 4.0, "alpha_high": 24.0,
+               "crf_preset": "psa"},
+    "masks": {"bg_alpha": 16.0, "beta": 8.0, "walk_steps": 256, "crf_preset": "psa"},
+}
 
 
-def by_dataset(**added):
-    """{dataset: {flag: default}} of one step: where the data is, and `added` for VOC and COCO."""
-    return {"pet": PET, "voc": {**VOC, **added}, "coco": {**COCO, **added},
-            "folder": {"data_root": DATA_ROOTS["folder"], "max_size": 1024}}
+def by_step(max_size: int, steps: dict[str, dict] | None = None) -> dict[str, dict]:
+    """{step: {flag: default}} of a dataset: its `max_size` for every step, and what `steps` adds to single ones."""
+    return {step: {"max_size": max_size, **(steps or {}).get(step, {})}
+            for step in ("stage1", "stage2", "masks", "deeplab")}
 
 
-STAGE1, STAGE2, MASKS, DEEPLAB = by_dataset(**CLASSIFIER), by_dataset(**AFFINITY), by_dataset(**WALK), by_dataset()
-
-# What each of DeepLab's heads was published with (recipes: SEAM's segmentation code; MCTformer, whose optimiser has in
-# effect neither momentum nor weight decay). Defaults of steps 5 and 6.
+# What each of DeepLab's heads was published with: SEAM's segmentation code; MCTformer's, whose optimiser has in effect
+# neither momentum nor weight decay. Defaults of steps 5 and 6.
 DEEPLAB_TRAINING = {
     "seamv1": {"lr": 0.001, "momentum": 0.9, "weight_decay": 5e-4, "batch_size": 10, "epochs": 20, "crop_size": 448},
     "mctformer": {"lr": 0.0007, "momentum": 0.0, "weight_decay": 0.0, "batch_size": 4, "epochs": 30, "crop_size": 321}}

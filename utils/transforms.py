@@ -1,4 +1,7 @@
-"""Joint augmentation of an image and its label map; every random number comes from the generator that is handed in."""
+"""Pixel normalisation, and joint augmentation of an image and its label map.
+
+All random numbers come from the numpy Generator that is passed in.
+"""
 from dataclasses import dataclass
 
 import numpy as np
@@ -6,38 +9,49 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
+from utils.grids import Size, resize_image, resize_labels
 from utils.labels import IGNORE
-from utils.maps import resize_image
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for RGB in [0, 1]
 JITTER = (0.3, 0.3, 0.3, 0.1)  # brightness, contrast, saturation, hue (PSA)
 
 
-def normalise(image):
-    """uint8 RGB (H, W, 3) -> float32 tensor (3, H, W), zero mean and unit variance over ImageNet."""
-    x = torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1).float().div_(255)
-    return x.sub_(torch.tensor(MEAN)[:, None, None]).div_(torch.tensor(STD)[:, None, None])
+@dataclass(frozen=True)
+class Normalise:
+    """(value / 255 - mean) / std of each RGB channel; the statistics are ImageNet's by default."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __call__(self, image: np.ndarray) -> torch.Tensor:
+        """uint8 (H, W, 3) -> float32 (3, H, W)."""
+        x = torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1).float().div_(255)
+        return x.sub_(torch.tensor(self.mean)[:, None, None]).div_(torch.tensor(self.std)[:, None, None])
+
+
+IMAGENET = Normalise()
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How samples are varied.
+    """Random scale, horizontal flip, crop and colour jitter of a training sample.
 
-    crop: side of the square crop in pixels.  long_side: (low, high) in pixels; the image's long side is drawn from it.
-    scale: (low, high), relative to the image capped at `max_size`, instead of long_side.  jitter: colour jitter.
+    crop: side of the square crop in pixels.  long_side: (low, high) in pixels, the range of the image's long side, or
+    None.  scale: (low, high), used without long_side, relative to the image capped at `max_size` pixels.
+    flip: horizontally, with probability 1/2.  jitter: of brightness, contrast, saturation and hue.
     """
     crop: int
-    long_side: tuple = None
-    scale: tuple = (1.0, 1.0)
+    long_side: tuple[float, float] | None = None
+    scale: tuple[float, float] = (1.0, 1.0)
     max_size: int = 512
     flip: bool = True
     jitter: bool = True
+    normalise: Normalise = IMAGENET
 
-    def __call__(self, image, target, rng):
-        """image: uint8 (H, W, 3).  target: uint8 (H, W) or None.  rng: numpy Generator.
+    def __call__(self, image: np.ndarray, target: np.ndarray | None,
+                 rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Draw a sample of an image, uint8 (H, W, 3), and its label map, uint8 (H, W) or None.
 
-        Returns (float32 (3, crop, crop), int64 (crop, crop) or None).  Padding is 0 in the image, that is, the mean
-        colour, and 255 in the target.
+        Returns (float32 (3, crop, crop), int64 (crop, crop) or None).  Padding is 0 in the image after normalisation,
+        that is, the mean colour, and 255 in the target.
         """
         size = self._draw_size(image.shape[:2], rng)
         image = resize_image(image, size)
@@ -46,19 +60,14 @@ class Augmentation:
         window = _draw_window(size, self.crop, rng)
         image = image[window]
         image = _jitter(image, rng) if self.jitter else image
-        return _place(image, target if target is None else target[window], self.crop, rng)
+        return _place(self.normalise(image), target if target is None else target[window], self.crop, rng)
 
-    def _draw_size(self, size, rng):
+    def _draw_size(self, size: Size, rng: np.random.Generator) -> Size:
         if self.long_side is not None:
             factor = rng.uniform(*self.long_side) / max(size)
         else:
             factor = rng.uniform(*self.scale) * min(1.0, self.max_size / max(size))
         return tuple(max(1, round(side * factor)) for side in size)
-
-
-def resize_labels(target, size):
-    """uint8 (H, W) -> uint8 of `size`, nearest neighbour."""
-    return np.asarray(Image.fromarray(target).resize((size[1], size[0]), Image.Resampling.NEAREST))
 
 
 def _flip(image, target):
@@ -71,34 +80,16 @@ def _draw_window(size, crop, rng):
 
 
 def _place(image, target, crop, rng):
-    """Put an image no larger than the crop at a random place in it."""
-    h, w = image.shape[:2]
+    """Put a normalised image, (3, h, w) of at most the crop's size, at a random place of the crop."""
+    h, w = image.shape[1:]
     top, left = int(rng.integers(0, crop - h + 1)), int(rng.integers(0, crop - w + 1))
     out = torch.zeros(3, crop, crop)
-    out[:, top:top + h, left:left + w] = normalise(image)
+    out[:, top:top + h, left:left + w] = image
     if target is None:
         return out, None
     labels = torch.full((crop, crop), IGNORE, dtype=torch.int64)
     labels[top:top + h, left:left + w] = torch.from_numpy(np.array(target, np.int64))
     return out, labels
-
-
-def cutmix(images, labels):
-    """Each image gets a rectangle of the one before it in the batch, and that share of its labels.
-
-    CutMix (Yun et al., ICCV 2019); the first image takes from the last. A class can then no longer be told by the
-    absence of the others, and its map stays where its evidence is.
-    images: (B, 3, H, W).  labels: (B, K) in [0, 1].  Draws from torch's global generator.
-    Returns (images, labels float32), both new; the share is uniform in [0, 1], the rectangle shaped like the image.
-    """
-    labels = labels.float()
-    height, width = images.shape[-2:]
-    side = torch.rand(()).sqrt()
-    h, w = int(height * side), int(width * side)
-    top, left = int(torch.randint(height - h + 1, ())), int(torch.randint(width - w + 1, ()))
-    mixed, share = images.clone(), h * w / (height * width)
-    mixed[..., top:top + h, left:left + w] = images[..., top:top + h, left:left + w].roll(1, 0)
-    return mixed, (1 - share) * labels + share * labels.roll(1, 0)
 
 
 def _jitter(image, rng):

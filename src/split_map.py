@@ -1,0 +1,69 @@
+"""One map of work over a split into a folder: what is pending, progress, failures, the manifest."""
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from utils.config import Machine
+from utils.datasets.base import Dataset
+from utils.errors import ImageError
+from utils.loader import Views, WholeImages, equal_batches, whole_image_loader
+from utils.log import progress
+from utils.parallel import map_parallel
+from utils.store import Folder, made_of
+
+Failures = dict[str, str]  # image id -> reason
+# Images of equal size that go through a network together. Two cores are kept busy by one: batches of four gained 2 to
+# 10 % there, and an image's map would depend, in its last bits, on which others are done in the same run.
+TOGETHER = {"cpu": 1, "cuda": 16}
+
+
+def map_split(dataset: Dataset, folder: Folder, work: Callable[[Dataset], Failures], record: dict[str, object],
+              parent: Path | None = None, keep: bool = False) -> Dataset:
+    """Make the files of a split that a folder does not have yet.
+
+    work: writes the files of a split, and returns the images that could not be read (--on_bad_image skip).
+    record: for the manifest: {"options": ..., and the environment}.  parent: the folder whose files the work reads;
+    what could not be made there is left out here.  keep: leave a folder that has everything as it is, with its
+    manifest, whose hash later folders carry.
+    Returns the split without the images that could not be made.
+    """
+    dataset = dataset if parent is None else made_of(dataset, parent)
+    if keep and folder.holds(dataset):
+        print(f"Using {folder.path}: made with the same networks, options and data", file=sys.stderr)
+        return made_of(dataset, folder.path)
+    pending = folder.begin(dataset)
+    if len(pending):
+        folder.failures.update(work(pending))
+    folder.finish(dataset, record, parent)
+    return dataset.without(folder.failures)
+
+
+def through_network(pending: Dataset, views: Views, make: Callable[[list[dict], list[str]], None], machine: Machine,
+                    description: str) -> Failures:
+    """Hand images to a network: make(items of `WholeImages` whose views have equal sizes, their ids) writes files."""
+    images = WholeImages(pending, views, skip_bad=machine.skip_bad)
+    items = progress(whole_image_loader(images, machine), description, len(pending))
+    for batch in equal_batches(items, TOGETHER[machine.device.type]):
+        make(batch, [pending.ids[item["index"]] for item in batch])
+    return images.failures
+
+
+def through_workers(pending: Dataset, function: Callable[[tuple[str, Dataset]], None], machine: Machine,
+                    description: str, threads: bool = False) -> Failures:
+    """Hand images to worker processes, or threads: function((image id, that image alone as a split)) writes a file."""
+    if machine.skip_bad:
+        function = partial(_or_reason, function)
+    failures = {}
+    for failure in map_parallel(function, pending, machine.workers, description, threads):
+        failures.update(failure or {})
+    return failures
+
+
+def _or_reason(function: Callable, item: tuple[str, Dataset]) -> Failures | None:
+    """Work on an item; {image id: reason} if its image cannot be decoded."""
+    try:
+        function(item)
+    except ImageError as error:
+        return {item[0]: str(error)}
+    return None

@@ -1,0 +1,105 @@
+"""The state of a training run on the disk: what checkpoint.pth.tar holds, and taking it up again to the same result."""
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from utils import distributed
+from utils.checkpoint import load_checkpoint, remove_leftovers
+from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from src.training.loop import Run
+
+# Options that may differ between the parts of one run: they do not change what is computed from good images.
+RESUME_FREE = ("resume", "workers", "device", "dry_run", "tensorboard", "download", "output_dir", "data_root",
+               "cam_dir", "mask_dir", "save_every", "on_bad_image", "overwrite")
+
+
+def check_run_dir(run_dir: str | Path, resume: bool, overwrite: bool) -> None:
+    """UserError, before any work, if a training would be overwritten that neither --resume nor --overwrite names."""
+    found = [path for path in (Path(run_dir) / name for name in ("checkpoint.pth.tar", "model_best.pth.tar"))
+             if path.is_file()]
+    if found and not resume and not overwrite:
+        resumable = "--resume to go on from it, " if found[0].name == "checkpoint.pth.tar" else ""
+        raise UserError(f"{found[0]} is there already; pass {resumable}--overwrite to start anew, or another "
+                        "--output_dir")
+
+
+def state_of(run: Run, log_size: int) -> dict[str, object]:
+    """All that a run needs to go on as if it had never stopped, in tensors and plain types.
+
+    Samples, their order and all draws of a step depend on (seed, epoch, step) alone, so that this position is the
+    sampler's and the schedule's state; generators are kept too, for losses that draw from them otherwise.
+    """
+    return {"optimizer": run.optimiser.state_dict(), "step_in_epoch": run.step,
+            "steps_per_epoch": run.steps_per_epoch, "sums": run.sums, "best": run.best, "failures": run.failures,
+            "processes": distributed.world(), "log_size": log_size, "generators": generators()}
+
+
+def restore(run: Run, path: Path) -> int:
+    """Take up the state of a checkpoint; UserError if it was made with other options.  Returns the log's size then."""
+    payload = resumed(path, run.task.step, run.options)
+    steps = payload.get("steps_per_epoch", run.steps_per_epoch)
+    if steps != run.steps_per_epoch:
+        raise UserError(f"--resume: {path} was made with {steps} steps an epoch, and now there are "
+                        f"{run.steps_per_epoch}: other images, or another number of processes; pass the same ones, or "
+                        "leave --resume out to start anew")
+    name = next(iter(payload["networks"]))
+    run.network.load_state_dict(payload["networks"][name]["state"])
+    run.optimiser.load_state_dict(payload["optimizer"])
+    run.epoch, run.step = payload["epoch"], payload["step_in_epoch"]
+    run.sums, run.best = payload["sums"], payload["best"]
+    run.failures = payload.get("failures", {})
+    set_generators(payload.get("generators"))
+    if distributed.is_main():
+        remove_leftovers(path)
+        remove_leftovers(path.with_name("model_best.pth.tar"))
+    print(f"Resuming {path} at epoch {run.epoch + 1}, step {run.step}", file=sys.stderr)
+    if payload.get("processes", 1) != distributed.world():
+        print(f"It was made by {payload.get('processes', 1)} processes and goes on with {distributed.world()}: the "
+              "same batches, rounded otherwise", file=sys.stderr)
+    return payload.get("log_size", sys.maxsize)
+
+
+def resumed(path: Path, step: str, options: Mapping[str, object]) -> dict[str, object]:
+    """The checkpoint that a run of a step goes on from; UserError if there is none, or one made with other options."""
+    payload = load_checkpoint(path, steps=(step,))
+    before = payload["options"]
+    changed = [f"{name} was {_told(before[name])}, is {_told(value)}" for name, value in options.items()
+               if name not in RESUME_FREE and name in before and before[name] != value]
+    if changed:
+        raise UserError(f"--resume: {path} was made with other options ({'; '.join(changed)}); pass the same ones, "
+                        "or leave --resume out to start anew")
+    return payload
+
+
+def _told(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def generators() -> dict[str, object]:
+    """The states of the global generators of torch, CUDA, numpy and Python, in tensors and plain types."""
+    kind, keys, *rest = np.random.get_state()
+    version, words, gauss = random.getstate()
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+            "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest], "python": [version, list(words), gauss]}
+
+
+def set_generators(states: dict[str, object] | None) -> None:
+    """Put the states of `generators` back; nothing for None, of a checkpoint that has none."""
+    if states is None:
+        return
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))

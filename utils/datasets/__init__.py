@@ -1,0 +1,53 @@
+"""Datasets behind one interface.  A new one is a file here, with a `Layout`, and a line in DATASETS."""
+from pathlib import Path
+
+from utils.config import DataConfig
+from utils.datasets.base import Dataset, Layout, read_lines
+from utils.datasets.coco import COCO
+from utils.datasets.folder import FOLDER
+from utils.datasets.pet import PET
+from utils.datasets.voc import VOC
+from utils.errors import UserError
+
+__all__ = ["DATASETS", "Dataset", "Layout", "open_dataset"]
+
+DATASETS: dict[str, Layout] = {"pet": PET, "voc": VOC, "coco": COCO, "folder": FOLDER}
+
+
+def open_dataset(config: DataConfig) -> Dataset:
+    """Open a split.
+
+    config: `dataset` is a key of DATASETS, `split` None the training split.  `ids` names a text file: only images whose
+    id is one of its lines are kept; `limit` keeps the first so many of them.  `difficult` (VOC): whether objects marked
+    difficult count as image labels.  `download` fetches the data first if it is not there.
+    Raises UserError, with the remedy, if anything that a later step needs is missing.
+    """
+    if config.dataset not in DATASETS:
+        raise UserError(f"no dataset {config.dataset!r}; pass --dataset {', '.join(DATASETS)}")
+    layout, root = DATASETS[config.dataset], Path(config.data_root)
+    if config.download:
+        _download(config.dataset, root)
+    if not root.is_dir():
+        raise UserError(f"no data folder {root}; pass --data_root, or {layout.remedy}")
+    dataset = layout.open(root, config.split, difficult=config.difficult)
+    keep = range(len(dataset))
+    if config.ids is not None:
+        wanted = set(read_lines(Path(config.ids)))
+        keep = [i for i in keep if dataset.ids[i] in wanted]
+    dataset = dataset.subset(keep[:config.limit])
+    if not dataset.ids:
+        chosen = f" among the ids of {config.ids}" if config.ids is not None else ""
+        raise UserError(f"split {dataset.split} of {root} holds no image{chosen}; name another with --split")
+    missing = [image_id for image_id, file in zip(dataset.ids, dataset.files) if file is None]
+    if missing:
+        raise UserError(f"split {dataset.split} names {missing[0]} (and {len(missing) - 1} more) but "
+                        f"{dataset.image_dir} has no such image; complete the images or correct the split file")
+    return dataset
+
+
+def _download(name: str, root: Path) -> None:
+    download = DATASETS[name].download
+    if download is None:
+        there = ", ".join(key for key, layout in DATASETS.items() if layout.download)
+        raise UserError(f"--download fetches --dataset {there}, not {name} into {root}")
+    download(root)

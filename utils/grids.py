@@ -1,0 +1,97 @@
+"""Every resampling of an image, a map or a label map, by one convention: corners on corners, up and down.
+
+Pixel 0 and the last pixel of each axis stay where they are (`align_corners=True` in PyTorch's words). Cell i of a
+strided network looks at pixel i * stride, not at the middle of a block of pixels: the half-cell convention would shift
+every map by (stride - 1) / 2 pixels. Inputs are resized to k * stride + 1 pixels, so that the corners of every grid lie
+exactly on the corners of the image. numpy and Pillow alone at the top: CRF workers import this file.
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    import torch
+
+Size = tuple[int, int]  # (height, width)
+
+
+def capped_size(size: Size, max_size: int) -> Size:
+    """(H, W) scaled down, keeping its shape, so that the long side is at most `max_size` pixels."""
+    scale = min(1.0, max_size / max(size))
+    return tuple(max(1, round(side * scale)) for side in size)
+
+
+def grid_size(size: Size, stride: int) -> Size:
+    """Pixels (H, W) -> cells of a grid whose first and last cells lie on the first and last pixels."""
+    return tuple(max(2, round((side - 1) / stride) + 1) for side in size)
+
+
+def snapped_size(size: Size, stride: int) -> Size:
+    """(H, W) moved to the nearest k * stride + 1, where the grid's corners lie exactly on the image's corners."""
+    return tuple((side - 1) * stride + 1 for side in grid_size(size, stride))
+
+
+def resize_image(image: np.ndarray, size: Size) -> np.ndarray:
+    """uint8 (H, W, 3) -> uint8 of `size`: bilinear, with antialiasing where it shrinks."""
+    return image if image.shape[:2] == tuple(size) else _resize(image, size)
+
+
+def resize_maps(maps: np.ndarray, size: Size) -> np.ndarray:
+    """float (K, h, w) -> float32 (K, *size): bilinear, with antialiasing where it shrinks."""
+    maps = np.asarray(maps, np.float32)
+    if maps.shape[1:] == tuple(size):
+        return maps
+    out = np.empty((len(maps), *size), np.float32)  # of no maps too: an image may show no class
+    for k, one in enumerate(maps):
+        out[k] = _resize(one, size)
+    return out
+
+
+def resize_labels(labels: np.ndarray, size: Size) -> np.ndarray:
+    """uint8 (H, W) -> uint8 of `size`, nearest neighbour."""
+    if labels.shape == tuple(size):
+        return labels
+    rows, columns = (_nearest(old, new) for old, new in zip(labels.shape, size))
+    return labels[rows[:, None], columns]
+
+
+def resize_tensor(maps: torch.Tensor, size: Size) -> torch.Tensor:
+    """float (B, C, h, w) -> (B, C, *size) on its device: bilinear, without antialiasing."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    from torch.nn.functional import interpolate
+    return interpolate(maps, size=size, mode="bilinear", align_corners=True)
+
+
+def _resize(picture: np.ndarray, size: Size) -> np.ndarray:
+    """Bilinear by Pillow, whose source box is set so that the outer pixels' centres meet.
+
+    Where a picture shrinks, the filter reaches beyond its edges: the outer pixels are repeated there.
+    """
+    margins = [_margin(old, new) for old, new in zip(picture.shape, size)]
+    pads = [int(np.ceil(1 - 2 * margin)) if margin < 0 else 0 for margin in margins]  # the new pixels' spacing
+    (top, left), (height, width) = (pad + margin for pad, margin in zip(pads, margins)), picture.shape[:2]
+    if any(pads):
+        picture = np.pad(picture, [(pad, pad) for pad in pads] + [(0, 0)] * (picture.ndim - 2), mode="edge")
+    box = (left, top, left + width - 2 * margins[1], top + height - 2 * margins[0])
+    return np.asarray(Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box))
+
+
+def _margin(old: int, new: int) -> float:
+    """How far inside the edge of the first pixel (outside if negative) the source box begins, in source pixels.
+
+    Pillow spreads the box evenly over the new pixels: the first one's centre is half a new pixel from the box's edge.
+    """
+    if new == 1 or old == 1:
+        return 0.0
+    return 0.5 - 0.5 * (old - 1) / (new - 1)
+
+
+def _nearest(old: int, new: int) -> np.ndarray:
+    """The source pixel of each new one, int (new,); of two equally near ones the first."""
+    if new == 1:
+        return np.array([(old - 1) // 2])
+    return np.ceil(np.arange(new) * ((old - 1) / (new - 1)) - 0.5 - 1e-9).astype(int).clip(0, old - 1)
