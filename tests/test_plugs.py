@@ -185,7 +185,7 @@ def test_all_six_steps_run_with_the_three_plugs(plugged):
     folder, runs = plugged
     bad = [done for done in runs if done.returncode]
     assert not bad, f"{bad[0].args[1:]}: {bad[0].stderr[-2000:]}"
-    scores = [read_json(folder / name)["scores"] for name in ("output/eval/scores.json", "output/deeplab_test/scores.json")]
+    scores = [read_json(folder / "output" / name / "scores.json")["scores"] for name in ("eval", "deeplab_test")]
     assert "mask" in scores[0] and "+ CRF" in scores[1], [list(one) for one in scores]
 
 

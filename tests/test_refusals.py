@@ -15,7 +15,7 @@ from models.weights import Weights, build_network, export, pack
 from utils.checkpoint import save_tensors
 
 REFUSALS = {}  # name -> (function that spoils a folder, words that the error line must have)
-LATE = set()  # refused in the midst of the work: what was finished before stays
+LATE = set()  # not refused by a dry run, but in the midst of the work: what was finished before stays
 ARGUMENTS = {  # refused before anything is read
     "crop_size_0": (("run_train.py", "--stage", 1, "--crop_size", 0), ("--crop_size", "at least 32")),
     "epochs_0": (("run_train.py", "--stage", 1, "--epochs", 0), ("--epochs", "at least 1")),
@@ -557,7 +557,7 @@ def test_a_mistake_is_refused_in_one_line_and_leaves_nothing_half_written(case, 
     assert not half, f"left behind: {sorted(half)}"
     changed = {name for name in before if after.get(name) != before[name]}
     assert not changed, f"files of before that were touched: {sorted(changed)}"
-    if case not in LATE:
+    if case not in LATE or "imagenet" in case:
         assert not new, f"written before the refusal: {sorted(new)}"
 
 

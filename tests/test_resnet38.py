@@ -6,7 +6,8 @@ from torch import nn
 from models.resnet38 import ResNet38, scale_channels
 
 # Facts of PSA's published network (network/resnet38d.py).
-BLOCKS = ["b2", "b2_1", "b2_2", "b3", "b3_1", "b3_2", "b4", "b4_1", "b4_2", "b4_3", "b4_4", "b4_5", "b5", "b5_1", "b5_2", "b6", "b7"]
+BLOCKS = ["b2", "b2_1", "b2_2", "b3", "b3_1", "b3_2", "b4", "b4_1", "b4_2", "b4_3", "b4_4", "b4_5",
+          "b5", "b5_1", "b5_2", "b6", "b7"]
 PROJECTED = ("b2", "b3", "b4", "b5", "b6", "b7")
 BOTTLENECKS = ("b6", "b7")
 CONV_SHAPES = {

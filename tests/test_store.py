@@ -301,6 +301,32 @@ def test_an_image_left_out_as_damaged_need_not_be_there_while_it_is_damaged(tmp_
 
 # --- before the work -------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_check_refuses_what_the_work_would_refuse_and_changes_nothing(tmp_path, split, overwrite):
+    folder_of(tmp_path).check(split)
+    assert not (tmp_path / "cams").exists(), "a check has made the folder"
+    filled(tmp_path, split)
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "cams").iterdir()}
+    folder_of(tmp_path, overwrite=overwrite).check(split)
+    replace_photo(split, 1)
+    for identity in (IDENTITY, {"other": 1}):
+        folder = folder_of(tmp_path, identity, overwrite=overwrite)
+        if overwrite:
+            folder.check(split)
+        else:
+            assert refusal(folder.check, split) == refusal(folder.begin, split)
+    after = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "cams").iterdir()}
+    assert after == before, f"changed: {[name for name in before if after.get(name) != before[name]]}"
+
+
+def test_the_same_kind_of_folder_elsewhere_deletes_nothing(tmp_path, split):
+    filled(tmp_path, split, labels=True)
+    here = Folder(tmp_path / "here", "cam", ".npz", IDENTITY, labels=True, overwrite=True)
+    there = here.at(tmp_path / "cams")
+    assert there.holds(split) and not here.holds(split)
+    assert "such as a;" in refusal(there.begin, relabelled(split, 0))
+
+
 def test_a_training_does_not_begin_where_its_files_would_meet_those_of_an_earlier_one(tmp_path, split):
     check_free(tmp_path / "cams", "cam", overwrite=False)  # not there
     filled(tmp_path, split)

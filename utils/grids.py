@@ -1,9 +1,12 @@
-"""Every resampling of an image, a map or a label map, by one convention: corners on corners, up and down.
+"""Every resampling of an image, a label map or a score map.
 
-Pixel 0 and the last pixel of each axis stay where they are (`align_corners=True` in PyTorch's words). Cell i of a
-strided network looks at pixel i * stride, not at the middle of a block of pixels: the half-cell convention would shift
-every map by (stride - 1) / 2 pixels. Inputs are resized to k * stride + 1 pixels, so that the corners of every grid lie
-exactly on the corners of the image. numpy and Pillow alone at the top: CRF workers import this file.
+Score maps are resampled corners on corners, up and down: the first and the last cell of each axis stay where they are
+(`align_corners=True` in PyTorch's words). Cell i of a strided network looks at pixel i * stride, not at the middle of a
+block of pixels: the half-cell convention would shift every map by (stride - 1) / 2 pixels. Inputs are resized to
+k * stride + 1 pixels, so that the corners of every grid lie on the corners of the image.
+Images, and label maps with them, are resampled as pictures, each pixel an area: corners then move by at most half a
+pixel. Aligning these too was tried, and made the seeds of the toy data spread worse (docs/results.md).
+numpy and Pillow alone at the top: CRF workers import this file.
 """
 from __future__ import annotations
 
@@ -36,7 +39,16 @@ def snapped_size(size: Size, stride: int) -> Size:
 
 def resize_image(image: np.ndarray, size: Size) -> np.ndarray:
     """uint8 (H, W, 3) -> uint8 of `size`: bilinear, with antialiasing where it shrinks."""
-    return image if image.shape[:2] == tuple(size) else _resize(image, size)
+    return image if image.shape[:2] == tuple(size) else _resize(image, size, Image.Resampling.BILINEAR)
+
+
+def resize_labels(labels: np.ndarray, size: Size) -> np.ndarray:
+    """uint8 (H, W) -> uint8 of `size`, nearest neighbour, placed as `resize_image` places its image."""
+    return labels if labels.shape == tuple(size) else _resize(labels, size, Image.Resampling.NEAREST)
+
+
+def _resize(picture: np.ndarray, size: Size, method: Image.Resampling) -> np.ndarray:
+    return np.asarray(Image.fromarray(picture).resize((size[1], size[0]), method))
 
 
 def resize_maps(maps: np.ndarray, size: Size) -> np.ndarray:
@@ -46,16 +58,8 @@ def resize_maps(maps: np.ndarray, size: Size) -> np.ndarray:
         return maps
     out = np.empty((len(maps), *size), np.float32)  # of no maps too: an image may show no class
     for k, one in enumerate(maps):
-        out[k] = _resize(one, size)
+        out[k] = _corner_aligned(one, size)
     return out
-
-
-def resize_labels(labels: np.ndarray, size: Size) -> np.ndarray:
-    """uint8 (H, W) -> uint8 of `size`, nearest neighbour."""
-    if labels.shape == tuple(size):
-        return labels
-    rows, columns = (_nearest(old, new) for old, new in zip(labels.shape, size))
-    return labels[rows[:, None], columns]
 
 
 def resize_tensor(maps: torch.Tensor, size: Size) -> torch.Tensor:
@@ -66,18 +70,17 @@ def resize_tensor(maps: torch.Tensor, size: Size) -> torch.Tensor:
     return interpolate(maps, size=size, mode="bilinear", align_corners=True)
 
 
-def _resize(picture: np.ndarray, size: Size) -> np.ndarray:
-    """Bilinear by Pillow, whose source box is set so that the outer pixels' centres meet.
+def _corner_aligned(one: np.ndarray, size: Size) -> np.ndarray:
+    """A map (h, w) by Pillow, whose source box is set so that the centres of the outer cells meet.
 
-    Where a picture shrinks, the filter reaches beyond its edges: the outer pixels are repeated there.
+    Where a map shrinks, the filter reaches beyond its edges: the outer cells are repeated there.
     """
-    margins = [_margin(old, new) for old, new in zip(picture.shape, size)]
+    margins = [_margin(old, new) for old, new in zip(one.shape, size)]
     pads = [int(np.ceil(1 - 2 * margin)) if margin < 0 else 0 for margin in margins]  # the new pixels' spacing
-    (top, left), (height, width) = (pad + margin for pad, margin in zip(pads, margins)), picture.shape[:2]
-    if any(pads):
-        picture = np.pad(picture, [(pad, pad) for pad in pads] + [(0, 0)] * (picture.ndim - 2), mode="edge")
+    (top, left), (height, width) = (pad + margin for pad, margin in zip(pads, margins)), one.shape
+    one = np.pad(one, [(pad, pad) for pad in pads], mode="edge") if any(pads) else one
     box = (left, top, left + width - 2 * margins[1], top + height - 2 * margins[0])
-    return np.asarray(Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box))
+    return np.asarray(Image.fromarray(one).resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box))
 
 
 def _margin(old: int, new: int) -> float:
@@ -88,10 +91,3 @@ def _margin(old: int, new: int) -> float:
     if new == 1 or old == 1:
         return 0.0
     return 0.5 - 0.5 * (old - 1) / (new - 1)
-
-
-def _nearest(old: int, new: int) -> np.ndarray:
-    """The source pixel of each new one, int (new,); of two equally near ones the first."""
-    if new == 1:
-        return np.array([(old - 1) // 2])
-    return np.ceil(np.arange(new) * ((old - 1) / (new - 1)) - 0.5 - 1e-9).astype(int).clip(0, old - 1)
