@@ -581,8 +581,8 @@ def test_whichever_module_is_imported_first_it_loads_without_torch(module):
 
 def test_each_rank_has_its_part_of_the_images(pet, monkeypatch):
     dataset = opened("pet", pet)
-    assert dataset.share() is dataset
+    assert dataset.shard() is dataset
     for rank, ids in enumerate((["Persian_1", "Persian_2"], ["beagle_1"])):
         monkeypatch.setattr(distributed, "world", lambda: 2)
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        assert dataset.share().ids == ids, dataset.share().ids
+        assert dataset.shard().ids == ids, dataset.shard().ids

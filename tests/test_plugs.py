@@ -139,9 +139,19 @@ def draw(root, count=10):
 
 # --- one line each ---------------------------------------------------------------------------------------------------
 
-BACKBONES["toy"] = BackbonePlug(ToyBackbone)
-SEEDS["lookalike"] = Lookalike
-DATASETS["shapes"] = Layout(open_shapes, "shapes", test_split="test", defaults=by_step(64))
+def register():
+    BACKBONES["toy"] = BackbonePlug(ToyBackbone)
+    SEEDS["lookalike"] = Lookalike
+    DATASETS["shapes"] = Layout(open_shapes, "shapes", test_split="test", defaults=by_step(64))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    """The plugs, for the tests of this file alone."""
+    register()
+    yield
+    del BACKBONES["toy"], SEEDS["lookalike"], DATASETS["shapes"]
+
 
 HERE = "tests/test_plugs.py"
 MACHINE = ("--device", "cpu", "--workers", 0)
@@ -280,6 +290,7 @@ def test_an_export_is_refused_with_its_reason(plugged):
 
 
 if __name__ == "__main__":
+    register()
     sys.argv = sys.argv[1:]
     if sys.argv[0] == "-m":
         runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)

@@ -10,6 +10,7 @@ import os
 import pickle
 import queue
 import signal
+import sys
 import threading
 import traceback
 from collections import deque
@@ -24,6 +25,7 @@ from utils.errors import UserError
 from utils.log import progress
 
 IN_FLIGHT = 4  # items a worker may be ahead of the reader: enough to hide one slow item, few enough to hold in memory
+GRACE = 5  # seconds for a stopped worker to leave what it is computing
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -144,8 +146,10 @@ def _processes(function: Callable[[Item], Result], workers: int,
         yield compute
     finally:
         for process in processes:
-            process.kill()
+            process.terminate()
         for process in processes:
+            process.join(GRACE)
+            process.kill()
             process.join()
 
 
@@ -176,6 +180,7 @@ def _worker_birth() -> Iterator[None]:
 def _work(function: Callable[[Item], Result], description: str, pipe: Connection) -> None:
     """What a worker does: receives items, and sends (result, None, None) or (None, error, its traceback as text)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # an exception removes half-written files
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError):  # the parent has ended
         while True:
