@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     machine = start.machine_of(args)
     pipeline = DeepLabPipeline(payload, MapConfig.of(vars(args)), args.merge, machine)
     how = MaskConfig(crf, args.max_size, args.bg_threshold)
-    folders = segment.test_folders(pipeline, Path(args.output_dir), how, args.overwrite)
+    folders = segment.deeplab_folders(pipeline, Path(args.output_dir), how, args.overwrite)
     for folder in folders:
         folder.check(dataset)
     if not start.begin("Step 6", args, machine, dataset):

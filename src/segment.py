@@ -109,7 +109,7 @@ def _miou(network: Network, held: Dataset, read: Callable[[Dataset, int], np.nda
 
 # --- step 6 ----------------------------------------------------------------------------------------------------------
 
-def test_folders(pipeline: DeepLabPipeline, out: Path, how: MaskConfig, overwrite: bool) -> tuple[Folder, Folder]:
+def deeplab_folders(pipeline: DeepLabPipeline, out: Path, how: MaskConfig, overwrite: bool) -> tuple[Folder, Folder]:
     """The `Folder` of score maps, and that of masks, of step 6."""
     identity = {"deeplab": record_hash(pipeline.records["deeplab"]), "merge": pipeline.merge, **asdict(pipeline.maps),
                 "precision": pipeline.machine.precision}
@@ -119,7 +119,7 @@ def test_folders(pipeline: DeepLabPipeline, out: Path, how: MaskConfig, overwrit
 
 def run_test(pipeline: DeepLabPipeline, dataset: Dataset, folders: tuple[Folder, Folder], how: MaskConfig,
              record: dict[str, object], overlays: bool) -> None:
-    """Step 6: masks and scores of a split from a DeepLab checkpoint.  folders: from `test_folders`.
+    """Step 6: masks and scores of a split from a DeepLab checkpoint.  folders: from `deeplab_folders`.
 
     Writes masks, and scores.json, plots and panels where the split has ground truth.
     """

@@ -85,9 +85,9 @@ def begin(step: str, args: argparse.Namespace, machine: Machine, dataset: Datase
     return not args.dry_run
 
 
-def record_of(args: argparse.Namespace, machine: Machine, **more: object) -> dict[str, object]:
-    """What a manifest says of a run: its options, with `more` beside the flags, and the environment."""
-    return {"options": {**vars(args), **more}, **environment(machine.device)}
+def record_of(args: argparse.Namespace, machine: Machine) -> dict[str, object]:
+    """What a manifest says of a run: its options and the environment."""
+    return {"options": vars(args), **environment(machine.device)}
 
 
 def places_of(args: argparse.Namespace, payload: dict) -> Places:

@@ -388,7 +388,7 @@ def test_deeplabs_predicted_classes_are_those_that_somewhere_are_likely(home, mo
 def test_step_6_writes_what_the_pipeline_gives(home, tmp_path, crf):
     pipe, data = DeepLabPipeline.load(home.deeplab, "cpu"), replace(home.data, truth=None)
     how = MaskConfig(crf, 96, 0.5)
-    folders = segment.test_folders(pipe, tmp_path, how, False)
+    folders = segment.deeplab_folders(pipe, tmp_path, how, False)
     segment.run_test(pipe, data, folders, how, {"options": {}}, False)
     folder = folders[1].path
     for index, image_id in enumerate(data.ids):

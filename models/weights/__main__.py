@@ -16,6 +16,7 @@ from utils.runtime import run_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Describe a file of weights, and export it if asked.  Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m models.weights", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", metavar="FILE", help="any file of weights")
