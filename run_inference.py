@@ -1,13 +1,14 @@
 """Step 3: make pseudo-masks. CAM -> random walk -> dense CRF -> palette PNG, for a split or for any image.
 
-Reads a stage-2 checkpoint and images; writes <image_id>.png and manifest.json to --output_dir (default
-output/inference). CAMs and walked scores are kept beside the checkpoint and used again. With --images PATH (an image
-or a folder) no dataset is needed: labels are predicted, and a mask and an overlay of every image are written to
---output_dir (then by default output/images).
+Reads images and a checkpoint of stage 2, or of stage 1, and then there is no walk; writes <image_id>.png and
+manifest.json to --output_dir (default output/inference). CAMs and walked scores are kept beside the checkpoint and used
+again. With --images PATH (an image or a folder) no dataset is needed: labels are predicted, and a mask and an overlay
+of every image are written to --output_dir (then by default output/images).
 """
 from pathlib import Path
 
 from utils import options as flags
+from utils.errors import UserError
 from utils.runtime import run_main
 
 NAMES = ("model_path", *flags.DATA, "images", *flags.MAPS, *flags.WALK, "crf", *flags.CRF, "max_size", "cam_dir",
@@ -28,7 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     from src.records import open_checkpoint, with_classes
     from utils.config import MapConfig, WalkConfig
     payload, args.model_path = open_checkpoint(args.model_path, parser.flags["model_path"],
-                                               args.cam_dir or parser.flags["cam_dir"])
+                                               args.cam_dir or parser.flags["cam_dir"], ("stage2", "stage1"))
+    walked = "affinity" in payload["networks"]
+    if args.save_walk and not walked:
+        raise UserError(f"{args.model_path} has no AffinityNet to walk with; leave --save_walk out, or pass a "
+                        "checkpoint of stage 2")
     flags.resolve(parser, args, payload["options"], args.model_path, INHERITED)
     args.output_dir = args.output_dir or ("output/inference" if args.images is None else "output/images")
     args.crop_size = payload["options"].get("crop_size")  # no flag of this step, but of its record: step 5 inherits it
@@ -47,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     shown = shown_images(args.show_affinity, dataset, paths)
     machine = start.machine_of(args)
     pipeline = Pipeline(payload, MapConfig.of(vars(args)), WalkConfig.of(vars(args)), machine)
-    how = MaskConfig(crf, args.max_size, args.bg_threshold)
+    how = MaskConfig(crf, args.max_size, args.bg_threshold, None if walked else args.bg_alpha)
     if dataset is not None:
         scores = inference.SplitScores(pipeline, dataset, start.places_of(args, payload))
         folder = inference.mask_folder(out, scores.last, how, args.overwrite)

@@ -14,7 +14,7 @@ from utils.runtime import run_main
 
 COMMON = ("download", *flags.DATA, *flags.BACKBONE, *flags.TRAINING, "model_path", "cam_dir", "output_dir", "overwrite",
           *flags.MACHINE)
-NAMES = {1: (*COMMON, "method", "cutmix", "long_side", *flags.MAPS),
+NAMES = {1: (*COMMON, "method", "cutmix", "head_only", "long_side", *flags.MAPS),
          2: (*COMMON, "radius", "alpha_low", "alpha_high", *flags.CRF)}
 DEFAULTS = {1: {"epochs": 8, "freeze": None, "head_lr": 1.0}, 2: {"epochs": 6, "batch_size": 8}}
 INHERITED = (*flags.DATA, *flags.NETWORK, "crop_size", "max_size", "precision", "seed", "model_path")
@@ -48,10 +48,11 @@ def stage1(parser: flags.Parser, args: argparse.Namespace) -> int:
     from src.training.resume import check_run_dir, resumed
     from utils.config import BackboneConfig, MapConfig, TrainConfig
     from utils.store import check_free, run_dir
+    args.pretrained = start.settled_pretrained(args.pretrained, args.backbone or parser.flags["backbone"])
+    args.method = args.method or ("cam" if args.pretrained == "none" else "mixture")
     flags.resolve(parser, args)
-    args.pretrained = start.settled_pretrained(args.pretrained, args.backbone)
     start.check_network(args)
-    args.method = args.method or ("cam" if args.pretrained == "none" else "common")
+    args.head_only = args.method == "mixture" if args.head_only is None else args.head_only
     seed, backbone = seed_class(args.method), BackboneConfig.of(vars(args))
     settings = seed.Settings.of(vars(args))
     args.freeze = train.settled_freeze(seed, settings, backbone, args.pretrained, args.freeze, args.accumulate)
@@ -68,7 +69,7 @@ def stage1(parser: flags.Parser, args: argparse.Namespace) -> int:
         resumed(Path(args.output_dir) / "checkpoint.pth.tar", "stage1", vars(args))
     if start.begin("Step 1", args, machine, dataset):
         plan = train.ClassifierPlan(backbone, args.pretrained, TrainConfig.of(vars(args)), seed, settings,
-                                    MapConfig.of(vars(args)), args.long_side)
+                                    MapConfig.of(vars(args)), args.long_side, args.head_only)
         train.run_stage1(dataset, plan, machine, Path(args.output_dir), Path(args.cam_dir), vars(args))
     return 0
 

@@ -1,4 +1,5 @@
 """Backbones by name, what stays frozen of a network, and batch normalisation folded for inference."""
+import difflib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -9,11 +10,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # of any dimension, synchronised or not
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from models import resnet, resnet38
+from models import efficientnet_lite, resnet, resnet38, timm_nets
 from utils.errors import UserError
 from utils.transforms import Normalise
 
 BN_POLICIES = ("auto", "frozen", "train")
+State = dict[str, torch.Tensor]
 Pair = tuple[nn.Module, str, str]  # (module, name of a convolution in it, name of the normalisation of its output)
 
 
@@ -22,6 +24,7 @@ class Backbone(Protocol):
 
     stages: names of the last three feature maps, shallow to deep.  channels: of each.  stride: pixels per cell of the
     last.  normalise: the mean and deviation of the pixels that it takes.
+    It may have more depths than its stages: see `settle_depths`.
     """
     stages: tuple[str, str, str]
     channels: dict[str, int]
@@ -44,17 +47,26 @@ class BackbonePlug:
     """A backbone in BACKBONES.
 
     build: called with output_stride, width and dilated, by name.  imagenet: returns the address of its ImageNet weights
-    and their state dict under the backbone's own names, or raises UserError where they cannot be had; None: there are
-    none to fetch.  hint: where else they are to be had.
+    and their state dict, or raises UserError where they cannot be had; None: there are none to fetch.  hint: where else
+    they are to be had.  own_names: a published state dict of it -> the same under its own names.
     """
     build: Callable[..., nn.Module]
-    imagenet: Callable[[], tuple[str, dict[str, torch.Tensor]]] | None = None
+    imagenet: Callable[[], tuple[str, State]] | None = None
     hint: str = ""
+    own_names: Callable[[State], State] = dict
 
 
 def _torchvision(name: str) -> BackbonePlug:
     return BackbonePlug(lambda output_stride, width, dilated: resnet.ResNet(name, output_stride, dilated),
                         partial(resnet.imagenet_weights, name))
+
+
+def _timm(name: str, output_stride: int, width: float, dilated: bool) -> nn.Module:
+    return timm_nets.TimmNet(name, output_stride, dilated)
+
+
+def _lite(name: str, output_stride: int, width: float, dilated: bool) -> nn.Module:
+    return efficientnet_lite.build(name, output_stride, dilated)
 
 
 BACKBONES: dict[str, BackbonePlug] = {
@@ -64,19 +76,47 @@ BACKBONES: dict[str, BackbonePlug] = {
     "resnet101": _torchvision("resnet101"),
     "resnet38": BackbonePlug(lambda output_stride, width, dilated: resnet38.ResNet38(width),
                              hint=" (published as ilsvrc-cls_rna-a1_cls1000_ep-0001.params)"),
+    **{name: BackbonePlug(partial(_lite, name), partial(efficientnet_lite.imagenet_weights, name),
+                          own_names=efficientnet_lite.own_names) for name in efficientnet_lite.LITES},
 }
+
+
+def find_backbone(name: str) -> BackbonePlug:
+    """The plug of a backbone: one of BACKBONES, or a model of timm; UserError for another name."""
+    if name in BACKBONES:
+        return BACKBONES[name]
+    if not timm_nets.is_known(name):
+        near = [*difflib.get_close_matches(name, BACKBONES, n=3), *timm_nets.similar(name)]
+        raise UserError(f"unknown backbone {name!r}; pass --backbone with one of {', '.join(BACKBONES)}, or a model of "
+                        f"timm{f', such as {near[0]}' if near else ''}")
+    return BackbonePlug(partial(_timm, name), partial(timm_nets.imagenet_weights, name)
+                        if timm_nets.has_weights(name) else None, own_names=timm_nets.own_names)
 
 
 def build_backbone(name: str, output_stride: int = 16, width: float = 1.0, dilated: bool = True) -> nn.Module:
     """A `Backbone` with random weights.
 
-    name: a key of BACKBONES; UserError for another.  output_stride: 8 or 16 (ResNet-18 to 101); resnet38 is published
-    at 8 and stays there.  width: channel multiplier of resnet38; 1.0 is the published network.  dilated: whether a
-    ResNet's layers that lost their stride are dilated instead; IRN's are not.
+    name: see `find_backbone`.  output_stride: 8 or 16; resnet38 is published at 8 and stays there, and a network of
+    timm that cannot be dilated keeps its own.  width: channel multiplier of resnet38; 1.0 is the published network.
+    dilated: whether layers that lost their stride are dilated instead; IRN's are not.
     """
-    if name not in BACKBONES:
-        raise UserError(f"unknown backbone {name!r}; pass --backbone with one of {', '.join(BACKBONES)}")
-    return BACKBONES[name].build(output_stride=output_stride, width=width, dilated=dilated)
+    return find_backbone(name).build(output_stride=output_stride, width=width, dilated=dilated)
+
+
+def settle_depths(backbone: nn.Module, names: Iterable[str] = ()) -> tuple[str, ...]:
+    """The feature maps that a seed reads of a frozen backbone, which its `forward` then returns.
+
+    names: of them; none: the backbone's own choice, `backbone.depths`, else its first two stages. The very last is not
+    among these: the classes of the pretraining have bent it.
+    Raises UserError for a name that the backbone does not have; more than its stages has one with a method `tap`.
+    """
+    names = tuple(names) or getattr(backbone, "depths", backbone.stages[:2])
+    if hasattr(backbone, "tap"):
+        backbone.tap(names)
+    for name in names:
+        if name not in backbone.channels:
+            raise UserError(f"the backbone has no depth {name!r}; it has {', '.join(backbone.channels)}")
+    return names
 
 
 class Network(nn.Module):
@@ -133,6 +173,7 @@ def for_inference(network: Network, device: torch.device | str = "cpu") -> Netwo
         raise ValueError("folding needs a network in eval mode")
     for module, conv, norm in list(network.pairs()):
         if isinstance(getattr(module, norm), _BatchNorm):  # not yet folded
-            setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
-            setattr(module, norm, nn.Identity())
+            folded = getattr(module, norm)
+            setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), folded))
+            setattr(module, norm, getattr(folded, "act", nn.Identity()))  # timm's hold the activation too
     return network.requires_grad_(False).to(device, memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The CAM classifier: backbone, global average pooling, bias-free 1x1 convolution (Ahn & Kwak, CVPR 2018, Sec. 3.1)."""
+"""The CAM classifier: backbone, global average pooling, 1x1 convolution (Ahn & Kwak, CVPR 2018, Sec. 3.1)."""
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -10,14 +10,15 @@ class Classifier(Network):
     """Multi-label image classifier whose last convolution, applied before pooling, is the class activation map.
 
     backbone: see `models.backbone.Backbone`.  classes: number of foreground classes K.  dropout: of whole channels, in
-    [0, 1], before the head.  A seed method (src/seeds) attaches its module as `seed`.
+    [0, 1], before the head.  bias: of the head, as one fitted to stored features has; PSA's has none.
+    A seed method (src/seeds) attaches its module as `seed`.
     """
 
-    def __init__(self, backbone: nn.Module, classes: int, dropout: float = 0.5):
+    def __init__(self, backbone: nn.Module, classes: int, dropout: float = 0.5, bias: bool = False):
         super().__init__(backbone)
         self.last = backbone.stages[-1]
         self.dropout = nn.Dropout2d(dropout)
-        self.head = nn.Conv2d(backbone.channels[self.last], classes, 1, bias=False)
+        self.head = nn.Conv2d(backbone.channels[self.last], classes, 1, bias=bias)
         nn.init.normal_(self.head.weight, std=0.01)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -32,7 +33,7 @@ class Classifier(Network):
     def cam(self, maps: dict[str, torch.Tensor]) -> torch.Tensor:
         """Feature maps -> class activation maps (B, K, h, w), float32, before ReLU, at the backbone's stride.
 
-        The mean of a map over (h, w) is the logit of its class, as the head has no bias.
+        The mean of a map over (h, w) is the logit of its class; a bias is part of it.
         """
         return self.head(maps[self.last]).float()
 

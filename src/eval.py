@@ -1,5 +1,6 @@
 """Step 4: masks against ground truth: tables, threshold sweeps, plots, pictures of a fixed sample and of the worst."""
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +36,11 @@ def evaluate(dataset: Dataset, stages: Sequence[Stage], how: MaskConfig, workers
 
 
 def stages_of(scores: SplitScores, crf: bool) -> list[Stage]:
-    """Seed, walk and mask of a stage-2 checkpoint, the seed alone of a stage-1 one."""
+    """Seed, walk and mask; without AffinityNet no walk."""
     stages = [Stage("seed", "cam", scores.cams.path, bg_alpha=scores.pipeline.walk_config.bg_alpha)]
     if scores.walks is not None:
         stages += [Stage("walk", "scores", scores.walks.path)]
-        stages += [Stage("mask", "scores", scores.walks.path, crf=True)] * crf
-    return stages
+    return stages + [replace(stages[-1], name="mask", crf=True)] * crf
 
 
 def mask_manifest(folder: str | Path) -> dict | None:

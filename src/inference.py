@@ -136,7 +136,8 @@ def make_masks(dataset: Dataset, scores: Folder, folder: Folder, how: MaskConfig
 
 def mask_folder(path: str | Path, scores: Folder, how: MaskConfig, overwrite: bool) -> Folder:
     """The `Folder` of masks made from a folder of score maps."""
-    identity = {"scores": scores.identity, "bg_threshold": how.bg_threshold, **crf_identity(how.crf, how.max_size)}
+    identity = {"scores": scores.identity, "bg_threshold": how.bg_threshold,
+                **({} if how.bg_alpha is None else {"bg_alpha": how.bg_alpha}), **crf_identity(how.crf, how.max_size)}
     return Folder(path, "mask", ".png", identity, scores.labels, overwrite)
 
 
@@ -249,7 +250,7 @@ def _write_results(pipeline: Pipeline, file: Path, out: Path, name: str, how: Ma
         print(f"Skipping {file}: {error}", file=sys.stderr)
         return
     cam = pipeline.cam(image)
-    mask = decide(image, cam.keys, pipeline.walk(image, cam), how.crf, how.max_size, how.bg_threshold)
+    mask = decide(image, cam.keys, pipeline.scored(image, cam), how.crf, how.max_size, how.bg_threshold)
     if walks:
         save_walk(out / "walks" / f"{name}.gif", pipeline, image, cam.keys, cam.maps)
     save_mask(out / f"{name}.png", mask)

@@ -80,10 +80,14 @@ def write_label(item: tuple[str, Dataset], cam_dir: Path, folder: Path, how: Lab
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """How a mask is made from score maps: see `decide`."""
+    """How a mask is made from score maps: see `decide`.
+
+    bg_alpha: exponent of the background score, for maps that are CAMs; None for walked ones, which have theirs.
+    """
     crf: CRF | None
     max_size: int
     bg_threshold: float = 0.5
+    bg_alpha: float | None = None
 
 
 def write_mask(item: tuple[str, Dataset], score_dir: Path, folder: Path, how: MaskConfig, overlays: bool) -> None:
@@ -91,7 +95,12 @@ def write_mask(item: tuple[str, Dataset], score_dir: Path, folder: Path, how: Ma
     """
     image_id, one = item
     image = one.image(0)
-    mask = decide(image, *load_scores(score_dir, image_id), how.crf, how.max_size, how.bg_threshold)
+    if how.bg_alpha is None:
+        keys, scores = load_scores(score_dir, image_id)
+    else:
+        keys, cam = load_cam(score_dir, image_id)
+        scores = with_background(cam, how.bg_alpha)
+    mask = decide(image, keys, scores, how.crf, how.max_size, how.bg_threshold)
     if overlays:
         save_picture(folder / "overlays" / f"{image_id}.png", overlay_mask(image, mask))
     save_mask(folder / f"{image_id}.png", mask)

@@ -29,7 +29,7 @@ from utils.loader import Views
 from utils.maps import with_background
 from utils.options import FLAGS, pick_device
 from utils.random_walk import half_disc, random_walks
-from utils.recipes import DEEPLAB_TEST
+from utils.recipes import DEEPLAB_TEST, METHODS
 
 CAM_STRIDE = 4    # pixels of a cell of a stored CAM
 WALK_STRIDE = 8   # of AffinityNet's features, along which scores walk
@@ -127,7 +127,8 @@ class Pipeline(_Pipeline):
 
     @classmethod
     def _defaults(cls, payload: dict, by_step: dict) -> dict:
-        return {"crf_preset": "mctformer", **by_step.get("masks", {})}
+        by_method = METHODS.get(payload["options"].get("method"), {})
+        return {"crf_preset": "mctformer", **by_step.get("masks", {}), **by_method.get("masks", {})}
 
     @classmethod
     def _of(cls, payload: dict, options: dict, machine: Machine) -> Self:
@@ -165,8 +166,13 @@ class Pipeline(_Pipeline):
     def scores(self, image: np.ndarray, labels: Iterable[int | str] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(keys, probabilities (K + 1, h, w)): walked ones, without AffinityNet those of the CAM itself."""
         cam = self.cam(image, labels)
-        walked = "affinity" in self.records
-        return cam.keys, self.walk(image, cam) if walked else with_background(cam.maps, self.walk_config.bg_alpha)
+        return cam.keys, self.scored(image, cam)
+
+    def scored(self, image: Image.Image | np.ndarray, cam: Cam) -> np.ndarray:
+        """Probabilities (K + 1, h, w), background first: `walk`, or without AffinityNet those of the CAM itself."""
+        if "affinity" in self.records:
+            return self.walk(image, cam)
+        return with_background(cam.maps, self.walk_config.bg_alpha)
 
     # --- several images of one size at once, as a split's steps have them -------------------------------------------
 

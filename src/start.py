@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from models.backbone import BACKBONES, build_backbone
+from models.backbone import build_backbone, find_backbone
 from models.weights import check_pretrained
 from src.inference import Places
 from utils import distributed
@@ -28,7 +28,7 @@ def open_split(args: argparse.Namespace) -> Dataset:
 
 def settled_pretrained(pretrained: str | None, backbone: str) -> str:
     """--pretrained; left out, ImageNet weights, or random ones, with a warning, where there are none to be fetched."""
-    if pretrained is None and backbone in BACKBONES and BACKBONES[backbone].imagenet is None:
+    if pretrained is None and find_backbone(backbone).imagenet is None:
         print(f"WARNING: no ImageNet weights of {backbone} can be fetched, and --pretrained names no file: training "
               "starts from RANDOM weights; results will be much worse", file=sys.stderr)
         return "none"

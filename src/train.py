@@ -1,4 +1,5 @@
 """Stage 1, the CAM classifier, and stage 2, AffinityNet: what is trained, on what, with which loss."""
+import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from models.affinitynet import KINDS, affinity_loss, pair_counts
-from models.backbone import Network, build_backbone
+from models.backbone import Network, build_backbone, for_inference
 from models.weights import build_network, load_pretrained, pack, unpack
 from src.inference import cam_folder, crf_identity, make_cams
 from src.masks import LabelConfig, write_label
@@ -18,6 +19,7 @@ from src.records import record_hash
 from src.seeds import attach
 from src.seeds.cam import Plan, Reader, Seed
 from src.split_map import map_split, through_workers
+from src.training.head import fit_head
 from src.training.loop import MicroBatch, Task, train
 from utils import distributed
 from utils.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
@@ -74,7 +76,8 @@ def held_out(dataset: Dataset, images: Callable[[Dataset], WholeImages], machine
 class ClassifierPlan:
     """How stage 1 trains: the backbone and its initial weights, the seed method and its settings, and whereto.
 
-    long_side: range of an image's long side in pixels, None for LONG_SIDE crops.
+    long_side: range of an image's long side in pixels, None for LONG_SIDE crops.  head_only: fit the head to features
+    of whole images instead of training.
     """
     backbone: BackboneConfig
     pretrained: str
@@ -83,6 +86,7 @@ class ClassifierPlan:
     settings: Config
     maps: MapConfig
     long_side: tuple[int, int] | None = None
+    head_only: bool = False
 
 
 def settled_freeze(seed: type[Seed], settings: Config, backbone: BackboneConfig, pretrained: str, freeze: int | None,
@@ -110,22 +114,18 @@ def run_stage1(dataset: Dataset, plan: ClassifierPlan, machine: Machine, out: Pa
     """Train the classifier in `out`, fit its seed, then write the split's CAMs to `cam_dir`."""
     config = plan.training
     torch.manual_seed(config.seed)
-    how = {"kind": "classifier", **asdict(plan.backbone), "classes": len(dataset.classes)}
+    how = {"kind": "classifier", **asdict(plan.backbone), "classes": len(dataset.classes), "bias": plan.head_only}
     network = build_network(**how)
     how["seed"] = plan.seed.record(plan.settings)
     attach(network, how["seed"])
     initialise(network, plan.backbone.backbone, plan.pretrained, config.freeze, config.bn)
-    learn, held = split_holdout(dataset, config.val_fraction, config.seed)
-    crop = rounded_crop(config.crop_size)
-    augmentation = Augmentation(crop, long_side=tuple(plan.long_side or (crop * part for part in LONG_SIDE)),
-                                normalise=network.backbone.normalise)
-    task = Task(
-        "stage1", network, lambda net, batch, micro: net.seed.loss(net, batch, micro, plan.settings),
-        TrainingSamples(learn, augmentation, config.seed, skip_bad=machine.skip_bad),
-        partial(_mean_average_precision, held=held, max_size=crop, machine=machine) if len(held) else None,
-        lambda: {"classes": list(dataset.classes), "networks": {"classifier": pack(network, **how)}},
-        sparse=plan.seed.sparse, keeps_last=plan.seed.keeps_last)
-    best = train(task, config, machine, out, options)
+
+    def contents() -> dict[str, object]:
+        return {"classes": list(dataset.classes), "networks": {"classifier": pack(network, **how)}}
+    if plan.head_only:
+        best = _fit_head(network, dataset, contents, config.max_size, machine, out, options)
+    else:
+        best = _train_classifier(network, dataset, contents, plan, machine, out, options)
     if plan.seed.closed_form:
         if distributed.is_main():  # its samples are one stream of random numbers over all images
             payload = load_checkpoint(best)
@@ -134,6 +134,46 @@ def run_stage1(dataset: Dataset, plan: ClassifierPlan, machine: Machine, out: Pa
         distributed.barrier()
     pipeline = Pipeline(load_checkpoint(best), plan.maps, WalkConfig(), machine)
     _write_cams(pipeline, best, dataset, cam_folder(cam_dir, pipeline, bool(options["overwrite"])), options)
+
+
+def _train_classifier(network: Network, dataset: Dataset, contents: Callable[[], dict[str, object]],
+                      plan: ClassifierPlan, machine: Machine, out: Path, options: Options) -> Path:
+    """Train the classifier by gradient descent; returns the path of model_best.  contents: of its checkpoint."""
+    config = plan.training
+    learn, held = split_holdout(dataset, config.val_fraction, config.seed)
+    crop = rounded_crop(config.crop_size)
+    augmentation = Augmentation(crop, long_side=tuple(plan.long_side or (crop * part for part in LONG_SIDE)),
+                                normalise=network.backbone.normalise)
+    task = Task(
+        "stage1", network, lambda net, batch, micro: net.seed.loss(net, batch, micro, plan.settings),
+        TrainingSamples(learn, augmentation, config.seed, skip_bad=machine.skip_bad),
+        partial(_mean_average_precision, held=held, max_size=crop, machine=machine) if len(held) else None,
+        contents, sparse=plan.seed.sparse, keeps_last=plan.seed.keeps_last)
+    return train(task, config, machine, out, options)
+
+
+def _fit_head(network: Network, dataset: Dataset, contents: Callable[[], dict[str, object]], max_size: int,
+              machine: Machine, out: Path, options: Options) -> Path:
+    """Fit the classifier's head to the pooled features of whole images; returns the path of model_best.
+
+    Nothing is chosen by held-out images, so none are held out.
+    """
+    path = out / "model_best.pth.tar"
+    if distributed.is_main():
+        network.eval().to(machine.device, memory_format=torch.channels_last)
+        pooled, labels = [], np.zeros((len(dataset), len(dataset.classes)), np.float32)
+        for features, _, keys in _reader(network, dataset, max_size, machine, "features")(range(len(dataset))):
+            labels[len(pooled), keys] = 1
+            pooled.append(features[network.last].float().mean(dim=(2, 3))[0].cpu())
+        weight, bias = fit_head(torch.stack(pooled), torch.from_numpy(labels[:len(pooled)]))
+        with torch.no_grad():
+            network.head.weight.copy_(weight[:, :, None, None])
+            network.head.bias.copy_(bias)
+        record = {"step": "stage1", "options": dict(options)}
+        write_json(out / "options.json", {**record, **environment(machine.device)})
+        save_checkpoint(path, {**record, "epoch": 0, **contents()})
+    distributed.barrier()
+    return path
 
 
 def check_adopted(payload: dict, path: Path) -> None:
@@ -173,18 +213,21 @@ def _write_cams(pipeline: Pipeline, path: Path, dataset: Dataset, folder: Folder
 def _fitted(record: dict, dataset: Dataset, config: TrainConfig, machine: Machine) -> dict:
     """The classifier's record with its seed fitted in closed form to the split's images."""
     classifier = unpack(record, attach).to(machine.device, memory_format=torch.channels_last)
-    classifier.seed.fit(classifier, _reader(classifier, dataset, config.max_size, machine), len(dataset), config.seed)
+    classifier.seed.fit(classifier, _reader(classifier, dataset, config.max_size, machine, f"fitting "
+                        f"{classifier.seed.name}"), dataset.labels, config.seed)
     state = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
     return {**record, "state": state}
 
 
-def _reader(classifier: Network, dataset: Dataset, max_size: int, machine: Machine) -> Reader:
+def _reader(classifier: Network, dataset: Dataset, max_size: int, machine: Machine, what: str) -> Reader:
+    classifier = for_inference(copy.deepcopy(classifier.eval()), machine.device)
+
     @torch.no_grad()
     def read(positions: Sequence[int]) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, np.ndarray]]:
         part = dataset.subset(positions)
         views = Views((1.0,), max_size, classifier.backbone.stride, classifier.backbone.normalise)
         images = WholeImages(part, views, skip_bad=machine.skip_bad)
-        for item in progress(whole_image_loader(images, machine), f"fitting {classifier.seed.name}", len(part)):
+        for item in progress(whole_image_loader(images, machine), what, len(part)):
             with machine.autocast():
                 features = classifier.backbone(item["views"][0][None].to(machine.device,
                                                                          memory_format=torch.channels_last))

@@ -85,7 +85,8 @@ class Lookalike(Seed):
     def build(cls, classifier: Classifier):
         return cls(classifier.head.out_channels, classifier.backbone.channels["second"])
 
-    def fit(self, classifier, read, count, seed):
+    def fit(self, classifier, read, labels, seed):
+        count = len(labels)
         for features, cam, keys in read(range(count)):
             for key in keys:
                 weight = cam[0, key].softmax(dim=-1)

@@ -189,9 +189,16 @@ def a_folder_without_cams(folder):
     return "run_train.py", "--stage", 2, *SMALL, "--cam_dir", "data/empty"
 
 
-@refusal("comes from stage1", "stage2 is needed", "--model_path")
+@refusal("comes from stage2", "stage1 is needed", "--model_path")
 def a_checkpoint_of_another_stage(folder):
-    return "run_inference.py", "--model_path", "output/stage1_resnet18/model_best.pth.tar", *MACHINE
+    return ("run_train.py", "--stage", "1", "--model_path", "output/stage2_resnet18/model_best.pth.tar", "--cam_dir",
+            "data/other", *MACHINE)
+
+
+@refusal("has no AffinityNet to walk with", "--save_walk")
+def a_walk_without_an_affinitynet(folder):
+    return ("run_inference.py", "--model_path", "output/stage1_resnet18/model_best.pth.tar", "--output_dir",
+            "output/new", "--save_walk", *MACHINE)
 
 
 @refusal("3 classes", "2 (", "--model_path")
@@ -259,19 +266,19 @@ def weights_of_another_backbone_before_labels_are_made(folder):
 
 # --- networks and methods that cannot be trained ---------------------------------------------------------------------
 
-@refusal("unknown backbone 'vgg16'", "--backbone", "resnet38")
+@refusal("unknown backbone 'vgg5'", "--backbone", "resnet38")
 def an_unknown_backbone_of_the_classifier(folder):
-    return *STAGE_1, "--backbone", "vgg16"
+    return *STAGE_1, "--backbone", "vgg5"
 
 
-@refusal("unknown backbone 'vgg16'", "--backbone", "resnet38")
+@refusal("unknown backbone 'vgg5'", "--backbone", "resnet38")
 def an_unknown_backbone_of_affinitynet(folder):
-    return *STAGE_2, "--backbone", "vgg16"
+    return *STAGE_2, "--backbone", "vgg5"
 
 
-@refusal("unknown backbone 'vgg16'", "--backbone", "resnet38")
+@refusal("unknown backbone 'vgg5'", "--backbone", "resnet38")
 def an_unknown_backbone_of_deeplab(folder):
-    return *DEEPLAB, "--backbone", "vgg16"
+    return *DEEPLAB, "--backbone", "vgg5"
 
 
 @refusal("unknown seed method 'best'", "--method cam, common, avc")

@@ -243,12 +243,12 @@ def test_the_readme_commands_work_as_written(readme):
     assert "mask" in read_json(readme.folder / "output/eval/scores.json")["scores"]
 
 
-def test_stage_1_starts_from_imagenet_weights_and_finds_the_common_object(readme):
+def test_stage_1_starts_from_imagenet_weights_and_fits_the_mixture(readme):
     said = readme.runs[0].stderr
     assert "resnet50-0676ba61.pth: ImageNet weights, into resnet50" in said, said
-    assert "method=common" in said and "Common object: fitted to" in said, said
+    assert "method=mixture" in said and "Mixture: fitted to" in said, said
     assert checkpoint(readme.folder / "output/stage1_resnet50/model_best.pth.tar")["networks"]["classifier"]["seed"] \
-        == {"name": "common"}
+        == {"name": "mixture", "depths": []}
 
 
 def test_stage_2_starts_from_the_classifier_of_stage_1(readme):
@@ -324,7 +324,7 @@ def test_help_begins_with_the_step_and_names_what_is_read_and_written(command, h
 def test_help_shows_every_flag_in_its_group(command, helps):
     expected = {title: {name for name in members if name in HELP[command]} for title, members in GROUPS.items()}
     if command == "run_train.py":
-        expected["--method avc"] = set(SEED_FLAGS["avc"])
+        expected |= {f"--method {method}": set(own) for method, own in SEED_FLAGS.items()}
     expected = {title: names for title, names in expected.items() if names}
     found = {title: set(flags) for title, flags in _groups(helps[0][command]).items() if title != "options"}
     assert found == expected, f"groups and flags: {found}, expected {expected}"
@@ -376,7 +376,7 @@ def test_the_checkpoint_and_its_masks_score_the_same(pipeline, scored):
 def test_the_seed_of_stage_1_scores_the_same_as_that_of_stage_2(pipeline, scored):
     later = read_json(pipeline.folder / "output/eval/scores.json")["scores"]
     alone = read_json(scored.folder / "seed/scores.json")["scores"]
-    assert alone["seed"] == later["seed"] and set(alone) == {"central box", "seed"}, f"{alone}, with stage 2 {later}"
+    assert alone["seed"] == later["seed"] and set(alone) == {"central box", "seed", "mask"}, f"{alone}, then {later}"
 
 
 def test_the_test_split_is_scored_by_predicted_labels(scored):
@@ -533,7 +533,7 @@ def test_a_published_affinitynet_takes_the_classifier_of_the_cams(foreign):
 
 def test_a_published_classifier_is_scored(foreign):
     table = read_json(foreign.folder / "output/eval/scores.json")
-    assert set(table["scores"]) == {"central box", "seed"} and table["labels"] == "gt", table["scores"]
+    assert set(table["scores"]) == {"central box", "seed", "mask"} and table["labels"] == "gt", table["scores"]
 
 
 def test_a_published_deeplab_is_tested_as_its_head_was(foreign):

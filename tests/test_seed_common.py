@@ -128,7 +128,7 @@ def sampled(monkeypatch, items, seed=0):
     handed = []
     common = CommonObject(4)
     monkeypatch.setattr(common, "fit_descriptors", lambda *found: handed.extend(found) or 0.5)
-    common.fit(Classifier, lambda positions: [items[i] for i in positions], len(items), seed)
+    common.fit(Classifier, lambda positions: [items[i] for i in positions], np.ones((len(items), 1)), seed)
     return handed
 
 
@@ -145,15 +145,15 @@ def test_a_split_of_any_size_is_asked_for_no_more_images_than_give_65536_descrip
             yield {"middle": features}, torch.randn(1, 3, 3, 5, generator=rng), np.array([1])
         yield from (({"middle": None}, torch.zeros(1, 3, 1, 1), np.array([], int)) for _ in positions[40:])
 
-    CommonObject(4).fit(Classifier, read, count, seed=5)
+    CommonObject(4).fit(Classifier, read, np.ones((count, 1)), seed=5)
     (positions,) = asked
     assert len(positions) * LEAST <= max(DESCRIPTORS, LEAST), f"{len(positions)} of {count} images are read"
     assert len(positions) == min(count, DESCRIPTORS // LEAST), f"{len(positions)} of {count} images are read"
     assert positions == sorted(set(positions)) and positions[0] >= 0 and positions[-1] < count, "twice, or out of order"
     if len(positions) < count:
         assert positions[-1] - positions[0] > 0.9 * count, "the images are not drawn from the whole split"
-        CommonObject(4).fit(Classifier, read, count, seed=5)
-        CommonObject(4).fit(Classifier, read, count, seed=6)
+        CommonObject(4).fit(Classifier, read, np.ones((count, 1)), seed=5)
+        CommonObject(4).fit(Classifier, read, np.ones((count, 1)), seed=6)
         assert asked[1] == asked[0] != asked[2], "the seed does not decide which"
 
 
@@ -194,14 +194,14 @@ def test_a_split_without_labels_is_refused():
     def read(positions):
         yield from ((*maps_of(torch.rand(2, 3, 3)), np.array([], int)) for _ in positions)
     with pytest.raises(UserError, match="no image has a label; --method common needs labelled images"):
-        CommonObject(4).fit(Classifier, read, 3, 0)
+        CommonObject(4).fit(Classifier, read, np.ones((3, 1)), 0)
 
 
 def test_what_was_found_is_told(capsys):
     features, _, cam, _ = descriptors(count=320, channels=4)
     items = [({"middle": rows.T.reshape(1, 4, 4, 8)}, fires.view(1, 1, 4, 8), np.array([0]))
              for rows, fires in zip(features.split(32), cam.split(32))]
-    CommonObject(4).fit(Classifier, lambda positions: [items[i] for i in positions], 10, 0)
+    CommonObject(4).fit(Classifier, lambda positions: [items[i] for i in positions], np.ones((10, 1)), 0)
     said = capsys.readouterr()
     assert "fitted to 320 descriptors" in said.err and "% of them object" in said.err and not said.out, said
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from utils.errors import UserError
 from utils.files import atomic_path
@@ -92,10 +93,12 @@ def check_step(payload: Mapping[str, object], steps: Sequence[str] | None, path:
 
 
 def read_tensors(path: str | Path) -> object:
-    """torch.load restricted to tensors and plain types, with errors in one line."""
+    """torch.load restricted to tensors and plain types, or a `.safetensors` file, with errors in one line."""
     if not Path(path).is_file():
         raise UserError(f"no checkpoint {path}; run the step that writes it, or pass its path")
     try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
         value = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} is damaged, or holds Python objects besides tensors and is refused, as loading it "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from utils import distributed
 from utils.datasets import DATASETS
 from utils.errors import UserError
+from utils.recipes import METHODS
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,9 @@ FLAGS = {
     "limit": Flag(count, "only the first N images", metavar="N"),
     "images": Flag(str, "an image or a folder of images, instead of a dataset's split (default: none)", metavar="PATH"),
     "download": Flag(bool, "fetch Oxford-IIIT Pet (0.8 GB) if it is not there", False),
-    "backbone": Flag(str, "backbone of the network: resnet18, resnet34, resnet50, resnet101 or resnet38", "resnet50"),
+    "backbone": Flag(str, "backbone of the network: resnet18, resnet34, resnet50, resnet101, resnet38, "
+                         "efficientnet_lite0, efficientnet_lite2, or any model of timm that gives feature maps",
+                     "resnet50"),
     "width": Flag(positive, "channel multiplier of resnet38", 1.0),
     "output_stride": Flag(int, "pixels per cell of the backbone's last feature map", 16, choices=(8, 16)),
     "dilated": Flag(bool, "dilate a ResNet's layers whose stride was taken out (IRN does not)", True),
@@ -73,8 +76,11 @@ FLAGS = {
                             "random weights)", 2),
     "method": Flag(str, "seed method of stage 1: cam = class activation maps; common = a discriminant of what a "
                         "class's images share says where the object is, the CAM which class; avc = affinity vector "
-                        "consistency, CAMs refined along affinities that two views agree on; left out: common with "
+                        "consistency, CAMs refined along affinities that two views agree on; mixture = a mixture of "
+                        "Gaussians of frozen features, which image labels constrain; left out: mixture with "
                         "pretrained weights, cam with random ones"),
+    "head_only": Flag(bool, "fit the classifier's head to stored features of whole images, in one pass, instead of "
+                            "training (default: with --method mixture)"),
     "cutmix": Flag(ratio, "probability that a step pastes rectangles between its images and mixes their labels "
                            "(CutMix)", 0.0),
     "batch_size": Flag(count, "images per step, of all processes together", 16),
@@ -160,7 +166,7 @@ CRF = ("crf_preset", "crf_gaussian_sxy", "crf_gaussian_compat", "crf_bilateral_s
 WALK = ("bg_alpha", "bg_threshold", "beta", "walk_steps", "walk_eps", "radius")
 MACHINE = ("device", "precision", "workers", "on_bad_image", "seed", "dry_run")
 GROUPS = {"data": (*DATA, "images", "download"), "network": (*BACKBONE, "head", "model_path"),
-          "training": (*TRAINING, "long_side", "cutmix"), "maps": ("method", *MAPS, "merge"),
+          "training": (*TRAINING, "long_side", "cutmix", "head_only"), "maps": ("method", *MAPS, "merge"),
           "affinity labels": ("alpha_low", "alpha_high"), "random walk": WALK, "dense CRF": ("crf", *CRF),
           "folders": ("cam_dir", "mask_dir", "output_dir", "overwrite"),
           "extras": ("save_overlays", "save_walk", "show_affinity", "submission"), "machine": MACHINE}
@@ -170,7 +176,8 @@ class Parser(argparse.ArgumentParser):
     """The flags of one step, in the groups of GROUPS.  Errors are one line with exit status 2.
 
     names: of FLAGS.  step: whose defaults by dataset hold ("stage1", "stage2", "masks", "deeplab"), taken by `resolve`.
-    heads: {DeepLab's head: {flag: default}}, taken by `settle_head`.  methods: {seed method: its own flags}.
+    heads: {DeepLab's head: {flag: default}}, taken by `settle_head`.  methods: {seed method: its own flags}.  What a
+    method changes of other flags' defaults is in `utils.recipes.METHODS`.
     defaults: override those of FLAGS for this step.
     """
 
@@ -183,6 +190,8 @@ class Parser(argparse.ArgumentParser):
         self.datasets = {name: {"data_root": layout.data_root, **{flag: value for flag, value in
                                 layout.defaults.get(step, {}).items() if flag in names}}
                          for name, layout in DATASETS.items()}
+        self.methods = {method: {flag: value for flag, value in steps.get(step, {}).items() if flag in names}
+                        for method, steps in METHODS.items()}
         open_flags = {name for recipe in self.heads.values() for name in recipe}
         for title, members in GROUPS.items():
             group = self.add_argument_group(title)
@@ -194,7 +203,9 @@ class Parser(argparse.ArgumentParser):
             group = self.add_argument_group(f"--method {method}")
             for name, flag in own.items():
                 self._declare(group, name, flag, flag.default)
-        self.epilog = "\n".join(_recipe_lines("dataset", self.datasets) + _recipe_lines("DeepLab's head", self.heads))
+        methods = {method: recipe for method, recipe in self.methods.items() if recipe}
+        self.epilog = "\n".join(_recipe_lines("dataset", self.datasets) + _recipe_lines("seed method", methods)
+                                + _recipe_lines("DeepLab's head", self.heads))
 
     def _declare(self, group: argparse._ArgumentGroup, name: str, flag: Flag, default: object) -> None:
         self.flags[name] = default
@@ -236,12 +247,13 @@ def _told(value: object) -> object:
 def resolve(parser: Parser, args: argparse.Namespace, upstream: Mapping[str, object] | None = None,
             source: str | None = None, inherit: Sequence[str] = ()) -> argparse.Namespace:
     """Fill every flag left at None: from the upstream step's record if its name is in `inherit`, else by the default
-    of the dataset, else by its own.
+    of the seed method, else of the dataset, else by its own.
 
     upstream: the record's options, or None.  source: where it comes from, for the printed line.  Of a record of another
     dataset than --dataset, nothing that says where the data is counts.
-    Returns args; what came from upstream or from the dataset is printed, so that nothing is settled in silence.
+    Returns args; what came from a record or a recipe is printed, so that nothing is settled in silence.
     """
+    method = (upstream or {}).get("method") or getattr(args, "method", None)
     upstream = {name: value for name, value in (upstream or {}).items() if name in inherit and value is not None}
     if args.dataset not in (None, upstream.get("dataset")):
         upstream = {name: value for name, value in upstream.items() if name not in DATA}
@@ -251,15 +263,17 @@ def resolve(parser: Parser, args: argparse.Namespace, upstream: Mapping[str, obj
                         f"{', '.join(DATASETS)}")
     open_flags = [name for name in parser.flags if getattr(args, name) is None]
     inherited = {name: upstream[name] for name in open_flags if name in upstream}
-    recipe = {name: value for name, value in parser.datasets[dataset].items()
-              if name in open_flags and name not in inherited}
+    by_method = parser.methods.get(method, {})
+    by_dataset = {name: value for name, value in parser.datasets[dataset].items() if name not in by_method}
     for name in open_flags:
-        value = {**parser.flags, **recipe, **inherited}[name]
+        value = {**parser.flags, **by_dataset, **by_method, **inherited}[name]
         setattr(args, name, list(value) if isinstance(value, tuple) else value)
     if inherited:
         print(f"Inherited {_listed(inherited)} from {source}", file=sys.stderr)
-    if recipe:
-        print(f"Defaults of --dataset {dataset}: {_listed(recipe)}", file=sys.stderr)
+    for source, recipe in ((f"--dataset {dataset}", by_dataset), (f"--method {method}", by_method)):
+        taken = {name: value for name, value in recipe.items() if name in open_flags and name not in inherited}
+        if taken:
+            print(f"Defaults of {source}: {_listed(taken)}", file=sys.stderr)
     return args
 
 

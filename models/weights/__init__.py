@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models.backbone import BACKBONES, BackbonePlug, build_backbone
+from models.backbone import BackbonePlug, build_backbone, find_backbone
 from models.weights.mxnet import is_params, read_params
 from models.weights.published import LAYOUTS, Layout, from_mxnet, identify
 from models.weights.records import Record, build_network, check_shapes, outline, pack, unpack, upgrade
@@ -54,8 +54,10 @@ def open_weights(path: str | Path, backbone: str | None = None) -> Weights:
         payload = upgrade(value)
         return Weights(path, f"checkpoint of this project, {payload['step']}", payload["networks"], payload=payload)
     state = _state_dict(value, path)
-    if backbone not in (None, *(layout.backbone for layout in LAYOUTS)) and not _missing(_outline(backbone), state):
-        return _bare(state, path, f"state dict of {backbone}", backbone)
+    if backbone not in (None, *(layout.backbone for layout in LAYOUTS)):
+        own = find_backbone(backbone).own_names(state)
+        if not _missing(_outline(backbone), own):
+            return _bare(own, path, f"state dict of {backbone}", backbone)
     return translate(state, path)
 
 
@@ -111,9 +113,9 @@ def _rows(record: Record, name: str | None, otherwise: int) -> int:
 def load_pretrained(backbone: nn.Module, name: str, source: str) -> tuple[set[str], str]:
     """Load weights into a backbone.
 
-    name: its key in BACKBONES.  source: "none", "imagenet" (see `models.backbone.BackbonePlug`), or a file that
-    `open_weights` knows; of a network with a head, its backbone is taken.  Parts may be missing, as `layer4` in a file
-    that stops at `layer3`; they keep their random weights.
+    name: see `models.backbone.find_backbone`.  source: "none", "imagenet" (see `models.backbone.BackbonePlug`), or a
+    file that `open_weights` knows; of a network with a head, its backbone is taken.  Parts may be missing, as `layer4`
+    in a file that stops at `layer3`; they keep their random weights.
     Returns (names of the backbone's modules that were loaded, a table of what was loaded, missing and ignored).
     Raises UserError for the weights of another backbone or shape, and on every rank if one cannot get ImageNet's.
     """
@@ -171,15 +173,14 @@ def _imagenet(name: str) -> Weights:
     reasons = [one for one in distributed.gather(reason) if one is not None]
     if reasons:
         raise UserError(reasons[0])
-    return _bare(state, address, "ImageNet weights", name)
+    return _bare(plug.own_names(state), address, "ImageNet weights", name)
 
 
 def _plug(name: str) -> BackbonePlug:
     """A backbone whose ImageNet weights can be fetched; UserError for another."""
-    plug = BACKBONES.get(name)
-    if plug is None or plug.imagenet is None:
-        hint = plug.hint if plug else ""
-        raise UserError(f"no ImageNet weights of {name} can be fetched; pass --pretrained PATH{hint} or "
+    plug = find_backbone(name)
+    if plug.imagenet is None:
+        raise UserError(f"no ImageNet weights of {name} can be fetched; pass --pretrained PATH{plug.hint} or "
                         "--pretrained none")
     return plug
 
@@ -192,7 +193,7 @@ def _table(title: str, loaded: Collection[str], missing: Collection[str], ignore
 
 def summary(names: Collection[str], shown: int = 6) -> str:
     """The parts of a network that its tensors of these names lie in, in a few words."""
-    groups = sorted({name.split(".")[0] for name in names})
+    groups = sorted({name.removeprefix("net.").split(".")[0] for name in names})  # net. is before timm's names
     return ", ".join(groups[:shown]) + (f", ... ({len(groups)} in all)" if len(groups) > shown else "")
 
 

@@ -20,8 +20,12 @@ SEEDS: dict[str, type[Seed] | str] = {
     "cam": "src.seeds.cam:Seed",
     "common": "src.seeds.common:CommonObject",
     "avc": "src.seeds.avc.seed:AffinityConsistency",
+    "mixture": "src.seeds.mixture:Mixture",
 }
-SEED_FLAGS: dict[str, dict[str, Flag]] = {"avc": AVC_FLAGS}  # flags that a method adds to stage 1, by name
+MIXTURE_FLAGS = {"mixture_depths": Flag(str, "names of the backbone's feature maps to read, shallow to deep (default: "
+                                             "the backbone's own choice)", nargs="+", metavar="NAME")}
+# Flags that a method adds to stage 1, by name.
+SEED_FLAGS: dict[str, dict[str, Flag]] = {"avc": AVC_FLAGS, "mixture": MIXTURE_FLAGS}
 
 
 def seed_class(name: str) -> type[Seed]:

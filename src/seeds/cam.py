@@ -85,10 +85,10 @@ class Seed(nn.Module):
             images, labels = cutmix(images, labels)
         return classification_loss(classifier(images), labels) * micro.weight, {}
 
-    def fit(self, classifier: Classifier, read: Reader, count: int, seed: int) -> None:
+    def fit(self, classifier: Classifier, read: Reader, labels: np.ndarray, seed: int) -> None:
         """Fit the seed's own tensors in closed form (only if `closed_form`).
 
-        read: see `Reader`, one pass over chosen images.  count: of images in the split.  seed: of what is drawn.
+        read: see `Reader`, one pass over chosen images.  labels: (N, K) of the split.  seed: of what is drawn.
         """
 
     def maps(self, classifier: Classifier, features: Mapping[str, torch.Tensor], cam: torch.Tensor,

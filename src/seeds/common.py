@@ -76,8 +76,9 @@ class CommonObject(Seed):
         return unit_maximum(ratio / (1 + np.exp(-np.clip(odds, -30, 30))) ** SHARPNESS)
 
     @torch.no_grad()
-    def fit(self, classifier: Classifier, read: Reader, count: int, seed: int) -> None:
+    def fit(self, classifier: Classifier, read: Reader, labels: np.ndarray, seed: int) -> None:
         """Fit to descriptors sampled from the images (see the module's text); says what it found."""
+        count = len(labels)
         per_image, positions = max(LEAST, DESCRIPTORS // count), range(count)
         if per_image * count > max(DESCRIPTORS, LEAST):
             positions = sorted(np.random.default_rng(seed).permutation(count)[:DESCRIPTORS // per_image].tolist())

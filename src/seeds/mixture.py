@@ -1,0 +1,315 @@
+"""A Gaussian mixture of frozen features as a seed, fitted to image labels by EM in closed form (docs/mixture.md).
+
+All cells of the training images come from one mixture whose components share a covariance. A component belongs to the
+background or to a class, and a cell may use those of the background and of its own image's classes only. CAMs, spread
+along the affinities of features within the image, say which is which at the start, and stay as a prior.
+
+Such a mixture is linear in the features (mixture discriminant analysis: Hastie & Tibshirani, JRSS B 1996): at inference
+it is one 1x1 convolution, and the map of a class is the posterior of its components.
+"""
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from scipy.cluster.vq import kmeans2
+from torch.nn import functional as F
+
+from models.backbone import settle_depths
+from models.classifier import Classifier
+from src.seeds.cam import CamConfig, Plan, Reader, Seed, needs_pretrained, sum_views
+from utils.errors import UserError
+from utils.grids import Size, resize_tensor
+
+BACKGROUND, PER_CLASS = 12, 2  # components, of all classes together and of each
+FITS = 3           # from different starts; their posteriors are averaged, as EM ends where it began
+CELLS = 96         # of an image, drawn at random
+IMAGES = 1400      # at most, which bounds the memory of the fit: 0.2 GB at 416 channels
+RIDGE = 0.03       # of the mean variance, added to the covariance's diagonal
+ROUNDS = 15        # of EM
+REFITS = 1         # times that the prior is taken from the fitted mixture and the mixture is fitted again
+PRIOR = 2.0        # weight of the prior's logarithm: features of one image agree more than independent ones would
+CERTAIN = 0.95     # the prior never says more than this
+BACK, FRONT = 0.2, 0.5  # of the spread CAM: cells that start as background below, as their class above
+POWER = 4          # of the affinities that spread a CAM; one spreads the mixture's own posterior
+GRID = 32          # cells a side at most of the affinities, which have their fourth power of entries
+CHUNK = 16_384     # cells at once in an E step
+KMEANS = 8_192     # cells to which a start is fitted
+SHARPNESS = 2.2    # an undecided cell then meets the background score of the default alpha: 0.5^2.2 = (1 - 0.5^2.2)^6
+NEVER = -1e4       # log density of a component without cells
+
+
+@dataclass(frozen=True)
+class MixtureConfig(CamConfig):
+    """mixture_depths: names of the backbone's feature maps to read; none: its own choice."""
+    mixture_depths: tuple[str, ...] | None = None
+
+
+class Mixture(Seed):
+    """The posterior probability of a class, given the features of two or more depths and the image's labels."""
+    name = "mixture"
+    Settings = MixtureConfig
+    closed_form = True
+
+    def __init__(self, classifier: Classifier, depths: Sequence[str]):
+        super().__init__()
+        self.depths = settle_depths(classifier.backbone, depths)
+        self.classes = classifier.head.out_channels
+        *finer, last = (classifier.backbone.channels[depth] for depth in self.depths)
+        # Channels whose cosines are affinities: of the depth before the last, of a single one all.
+        self.shallow = slice(sum(finer[:-1]), sum(finer)) if finer else slice(None)
+        count = BACKGROUND + PER_CLASS * self.classes
+        self.register_buffer("weight", torch.zeros(FITS, count, sum(finer) + last))
+        self.register_buffer("bias", torch.full((FITS, count), NEVER))
+
+    @classmethod
+    def check(cls, plan: Plan) -> None:
+        needs_pretrained(plan, cls.name)
+
+    @classmethod
+    def default_freeze(cls, blocks: int) -> int:
+        return blocks - 1
+
+    @classmethod
+    def record(cls, settings: MixtureConfig) -> dict[str, object]:
+        return {"name": cls.name, "depths": list(settings.mixture_depths or ())}
+
+    @classmethod
+    def build(cls, classifier: Classifier, depths: Sequence[str] = ()) -> Self:
+        return cls(classifier, depths)
+
+    # --- maps of an image --------------------------------------------------------------------------------------------
+
+    def maps(self, classifier: Classifier, features: Mapping[str, torch.Tensor], cam: torch.Tensor,
+             images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Log densities of the classes (B, F * K, h, w) and of the background (B, F, h, w), and the classes' prior
+        (B, F * K, h, w), by each of F fits.
+
+        The prior comes from the CAM first, then `REFITS` times from the mixture's own posterior, as in the fit.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            cells = self._cells(features)
+            size = cells.shape[-2:]
+            grid = tuple(min(side, GRID) for side in size)
+            affinity = affinities(resize_tensor(cells[:, self.shallow], grid).flatten(2))
+            prior = spread(resize_tensor(cam.float().relu(), grid).flatten(2), affinity, POWER)
+            coarse, found = resize_tensor(cells, grid).flatten(2), []
+            for fit in range(FITS):
+                own = prior
+                for _ in range(REFITS):
+                    own = spread(binary_posterior(*self._densities(coarse, fit), own), affinity)
+                inner, outer = self._densities(cells.flatten(2), fit)
+                found.append((inner.unflatten(2, size), outer.unflatten(2, size),
+                              resize_tensor(own.unflatten(2, grid), size)))
+        return tuple(torch.cat(parts, dim=1) for parts in zip(*found))
+
+    def merge(self, views: Sequence[tuple[torch.Tensor, ...]], keys: np.ndarray, size: Size) -> np.ndarray:
+        """The mean posterior of the fits and views, sharpened."""
+        scales = []
+        for view in views:
+            parts = zip(*(part.chunk(FITS, dim=1) for part in view))
+            found = [posteriors(inner[:, keys], outer, prior[:, keys]) for inner, outer, prior in parts]
+            scales.append(sum(found) / FITS)
+        return (sum_views(scales, size) / sum(map(len, scales))) ** SHARPNESS
+
+    def _cells(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Features of all depths on the grid of the last: (B, D, h, w) float32."""
+        size = features[self.depths[-1]].shape[-2:]
+        return torch.cat([resize_tensor(features[depth].float(), size) for depth in self.depths], dim=1)
+
+    def _densities(self, cells: torch.Tensor, fit: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cells: (B, D, n).  Returns log densities up to a constant of a cell: classes (B, K, n), background (B, 1, n).
+        """
+        logs = torch.einsum("cd,bdn->bcn", self.weight[fit], cells) + self.bias[fit, :, None]
+        inner = logs[:, BACKGROUND:].unflatten(1, (self.classes, PER_CLASS)).logsumexp(dim=2)
+        return inner, logs[:, :BACKGROUND].logsumexp(dim=1, keepdim=True)
+
+    # --- the fit -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fit(self, classifier: Classifier, read: Reader, labels: np.ndarray, seed: int) -> None:
+        """Fit the mixture to cells drawn from the images (see the module's text); says what it found.
+
+        Memory does not grow with the split: at most IMAGES images are read, of every class some.
+        """
+        if not labels.any():
+            raise UserError("no image has a label; --method mixture needs labelled images, use --method cam")
+        rng = np.random.default_rng(seed)
+        draw = torch.Generator().manual_seed(seed)
+        samples = [self._sample(features, cam, keys, draw)
+                   for features, cam, keys in read(drawn_images(labels, IMAGES, rng))]
+        cells, prior, own = (torch.cat(parts) for parts in zip(*samples))
+        counts, home = [len(one) for one, *_ in samples], self.weight.device
+        self.cpu()  # as the samples are
+        shares = []
+        for fit in range(FITS):
+            before = prior
+            for refit in range(REFITS + 1):
+                if refit:
+                    before = self._own_prior(cells, before, own, counts, fit)
+                share = self._maximise(cells, before, own, rng, fit)
+            shares.append(f"{share:.0%}")
+        self.to(home)
+        print(f"Mixture: fitted to {len(cells)} cells of {len(samples)} images; foreground by each of {FITS} fits: "
+              f"{', '.join(shares)}", file=sys.stderr)
+
+    def _sample(self, features: Mapping[str, torch.Tensor], cam: torch.Tensor, keys: np.ndarray,
+                draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Up to CELLS random cells of an image: features (n, D), the spread CAM (n, K), its classes (n, K) bool."""
+        cells = self._cells(features)
+        size = cells.shape[-2:]
+        grid = tuple(min(side, GRID) for side in size)
+        cam = resize_tensor(cam.float().relu(), grid).flatten(2)
+        prior = spread(cam, affinities(resize_tensor(cells[:, self.shallow], grid).flatten(2)), POWER)
+        prior = resize_tensor(prior.unflatten(2, grid), size).flatten(2)
+        chosen = torch.randperm(size[0] * size[1], generator=draw)[:CELLS].to(cells.device)
+        own = torch.zeros(len(chosen), self.classes, dtype=torch.bool)
+        own[:, torch.from_numpy(keys)] = True
+        return cells.flatten(2)[0].T[chosen].cpu(), prior[0].T[chosen].cpu() * own, own
+
+    def _own_prior(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, counts: Sequence[int],
+                   fit: int) -> torch.Tensor:
+        """The prior (n, K) of the sampled cells from the mixture's posterior, spread among an image's sampled cells."""
+        parts = []
+        for x, before in zip(cells.split(counts), prior.split(counts)):
+            x = x.T[None]
+            inner, outer = self._densities(x, fit)
+            parts.append(spread(binary_posterior(inner, outer, before.T[None]), affinities(x[:, self.shallow]))[0].T)
+        return torch.cat(parts) * own
+
+    def _maximise(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, rng: np.random.Generator,
+                  fit: int) -> float:
+        """EM from the prior: sets `weight` and `bias` of a fit.  Returns the share of foreground."""
+        mean = cells.mean(dim=0)
+        cells = cells - mean
+        scatter, count = cells.T @ cells, len(cells)
+        counts, sums, scatter_used = start(cells, prior, own, scatter, rng)
+        for _ in range(ROUNDS):
+            means = sums / counts.clamp(min=1e-6)[:, None]  # (C, D)
+            precision = torch.linalg.inv(ridged((scatter_used - sums.T @ means) / counts.sum()))
+            weight = means @ precision
+            bias = torch.log(counts / counts.sum()) - 0.5 * (weight * means).sum(dim=1)
+            bias = torch.where(counts > 1e-3, bias, NEVER)
+            counts, sums = self._expect(cells, prior, own, weight, bias)
+            scatter_used = scatter
+        self.weight[fit] = weight
+        self.bias[fit] = (bias - weight @ mean).clamp(min=NEVER)
+        return (counts[BACKGROUND:].sum() / count).item()
+
+    def _expect(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, weight: torch.Tensor,
+                bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The E step: (cells of each component (C,), sums of their features (C, D)), each cell shared by posterior."""
+        counts, sums = torch.zeros(len(weight)), torch.zeros_like(weight)
+        for x, before, allowed in zip(cells.split(CHUNK), prior.split(CHUNK), own.split(CHUNK)):
+            logs = x @ weight.T + bias
+            inside, outside = log_prior(before), log_prior(1 - before.amax(dim=1, keepdim=True))
+            inside = torch.where(allowed, inside, -torch.inf).repeat_interleave(PER_CLASS, dim=1)
+            share = torch.cat([logs[:, :BACKGROUND] + outside, logs[:, BACKGROUND:] + inside], dim=1).softmax(dim=1)
+            counts += share.sum(dim=0)
+            sums += share.T @ x
+        return counts, sums
+
+
+def drawn_images(labels: np.ndarray, most: int, rng: np.random.Generator) -> list[int]:
+    """Up to `most` positions in a split, ascending: random ones, after an equal part for every class.
+
+    labels: (N, K) in {0, 1}.  Half of what is drawn is shared out among the classes, so that a rare one is there.
+    """
+    order = rng.permutation(len(labels))
+    part = most // (2 * labels.shape[1])
+    kept = {int(i) for k in range(labels.shape[1]) for i in order[labels[order, k] > 0][:part]}
+    for position in order:
+        if len(kept) >= min(most, len(labels)):
+            break
+        kept.add(int(position))
+    return sorted(kept)
+
+
+def affinities(cells: torch.Tensor) -> torch.Tensor:
+    """The squared ReLU of the cosines of an image's centred features, each row divided by its sum: (B, n, n).
+
+    cells: (B, D, n).  Rows as in SEAM's refinement of CAMs (Wang et al., CVPR 2020), squared.
+    """
+    cells = F.normalize(cells - cells.mean(dim=2, keepdim=True), dim=1)
+    matrix = (cells.transpose(1, 2) @ cells).relu_().square_()
+    return matrix / matrix.sum(dim=2, keepdim=True).clamp(min=1e-8)
+
+
+def spread(maps: torch.Tensor, affinity: torch.Tensor, power: int = 1) -> torch.Tensor:
+    """maps (B, K, n) along affinities (B, n, n), then each map from its minimum to its maximum, in [0, 1]."""
+    for _ in range(power):
+        maps = maps @ affinity.transpose(1, 2)
+    maps = maps - maps.amin(dim=2, keepdim=True)
+    return maps / maps.amax(dim=2, keepdim=True).clamp(min=1e-8)
+
+
+def log_prior(prior: torch.Tensor) -> torch.Tensor:
+    """prior in [0, 1] -> what it adds to a log density."""
+    return PRIOR * prior.clamp(1 - CERTAIN, CERTAIN).log()
+
+
+def binary_posterior(inner: torch.Tensor, outer: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+    """Posterior (B, K, n) of each class against the background alone.  Arguments as of `posteriors`."""
+    return torch.sigmoid(inner + log_prior(prior) - outer - log_prior(1 - prior))
+
+
+def posteriors(inner: torch.Tensor, outer: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+    """Posteriors (B, K, h, w) of an image's classes, which with the background's sum to 1.
+
+    inner: log densities of the classes (B, K, h, w).  outer: of the background (B, 1, h, w).  prior: (B, K, h, w).
+    """
+    if not inner.shape[1]:
+        return inner
+    highest = prior.amax(dim=1, keepdim=True)
+    logs = torch.cat([outer + log_prior(1 - highest), inner + log_prior(prior)], dim=1)
+    return logs.softmax(dim=1)[:, 1:]
+
+
+def ridged(covariance: torch.Tensor) -> torch.Tensor:
+    """A covariance (D, D) with RIDGE of its mean variance added to its diagonal."""
+    covariance = covariance.clone()
+    covariance.diagonal().add_(RIDGE * covariance.diagonal().mean().clamp(min=1e-12))
+    return covariance
+
+
+def start(cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, scatter: torch.Tensor,
+          rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where EM begins: counts (C,), sums (C, D) and scatter (D, D) of the cells that the prior is sure of.
+
+    Cells below BACK are split into the background's components, those above FRONT into their class's, by k-means of
+    whitened features; a class without such cells begins with the likeliest ones of its images.
+    """
+    whitening = torch.linalg.cholesky(torch.linalg.inv(ridged(scatter / len(cells))))
+    components = BACKGROUND + PER_CLASS * own.shape[1]
+    counts, sums = torch.zeros(components), torch.zeros(components, cells.shape[1])
+    highest, used = prior.amax(dim=1), torch.zeros_like(scatter)
+    lowest = highest.sort().values[min(len(cells), 4 * BACKGROUND) - 1]  # background there must be
+    groups = [(highest <= max(BACK, lowest.item()), 0, BACKGROUND)]
+    for k in range(own.shape[1]):
+        if own[:, k].any():
+            ours = prior[own[:, k], k]
+            sure = min(FRONT, ours.sort(descending=True).values[min(len(ours), 4 * PER_CLASS) - 1].item())
+            groups.append((own[:, k] & (prior[:, k] >= sure), BACKGROUND + PER_CLASS * k, PER_CLASS))
+    for chosen, first, number in groups:
+        points = cells[chosen]
+        which = first + clusters(points @ whitening, number, rng)
+        counts.index_add_(0, which, torch.ones(len(points)))
+        sums.index_add_(0, which, points)
+        used += points.T @ points
+    return counts, sums, used
+
+
+def clusters(points: torch.Tensor, count: int, rng: np.random.Generator) -> torch.Tensor:
+    """k-means of points (n, D): the cluster of each, (n,) int64 in [0, count)."""
+    if len(points) <= count:
+        return torch.arange(len(points))
+    part = points[torch.from_numpy(rng.permutation(len(points))[:KMEANS])].numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a cluster without points, or of equal ones: its component stays empty
+        centres, _ = kmeans2(part, count, minit="++", rng=rng)
+    return torch.cdist(points, torch.from_numpy(centres)).argmin(dim=1)
