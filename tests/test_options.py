@@ -9,6 +9,7 @@ import run_inference
 import run_train
 import test_deeplab
 import train_deeplab
+from src.seeds import SEEDS
 from utils import distributed, options, recipes
 from utils.config import BackboneConfig, DataConfig, MapConfig, TrainConfig, WalkConfig
 from utils.datasets import DATASETS, Layout
@@ -47,6 +48,22 @@ def test_a_heads_defaults_are_of_flags_that_their_step_has_and_within_range(what
     assert set(table) == set(FLAGS["head"].choices), set(table)
     for head, recipe in table.items():
         check_recipe(f"{what} of {head}", recipe, scripts)
+
+
+@pytest.mark.parametrize("method", recipes.METHODS)
+def test_a_methods_defaults_are_of_flags_that_their_steps_have_and_come_before_the_datasets(method, capsys):
+    assert method in SEEDS, f"{method} is no seed method"
+    for step, recipe in recipes.METHODS[method].items():
+        check_recipe(f"{method}, {step}", recipe, STEPS[step])
+    parser = Parser("", run_inference.NAMES, "masks")
+    own, published = recipes.METHODS[method]["masks"], recipes.PUBLISHED["masks"]
+    for upstream, expected in (({"method": method}, own), ({}, published)):
+        args = resolve(parser, parser.parse_args(["--dataset", "voc"]), upstream, "a record")
+        assert args.bg_alpha == expected["bg_alpha"], f"after {upstream}: {args.bg_alpha}"
+        assert args.crf_preset == expected["crf_preset"] and args.walk_steps == published["walk_steps"]
+    assert f"Defaults of --method {method}: bg_alpha=6.0" in capsys.readouterr().err
+    given = resolve(parser, parser.parse_args(["--dataset", "voc", "--bg_alpha", "3"]), {"method": method}, "a record")
+    assert given.bg_alpha == 3, f"--bg_alpha 3 became {given.bg_alpha}"
 
 
 @pytest.mark.parametrize("name", [name for name, flag in FLAGS.items() if flag.default is not None])
