@@ -131,7 +131,7 @@ def sum_views(scales: Sequence[torch.Tensor], size: Size) -> np.ndarray:
 
 def unit_maximum(cam: np.ndarray) -> np.ndarray:
     """Divide each of the maps (K, h, w), at least 0, by its own maximum."""
-    return cam / np.maximum(cam.max(axis=(1, 2), keepdims=True), 1e-8)
+    return cam / np.maximum(cam.max(axis=(1, 2), keepdims=True, initial=0.0), 1e-8)
 
 
 def cutmix(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from models.backbone import settle_depths
 from models.classifier import Classifier
-from src.seeds.cam import CamConfig, Plan, Reader, Seed, needs_pretrained, sum_views
+from src.seeds.cam import CamConfig, Plan, Reader, Seed, needs_pretrained, sum_views, unit_maximum
 from utils.errors import UserError
 from utils.grids import Size, resize_tensor
 
@@ -109,13 +109,13 @@ class Mixture(Seed):
         return tuple(torch.cat(parts, dim=1) for parts in zip(*found))
 
     def merge(self, views: Sequence[tuple[torch.Tensor, ...]], keys: np.ndarray, size: Size) -> np.ndarray:
-        """The mean posterior of the fits and views, sharpened."""
+        """The mean posterior of the fits and views, sharpened; its maximum is 1: a label is somewhere in its image."""
         scales = []
         for view in views:
             parts = zip(*(part.chunk(FITS, dim=1) for part in view))
             found = [posteriors(inner[:, keys], outer, prior[:, keys]) for inner, outer, prior in parts]
             scales.append(sum(found) / FITS)
-        return (sum_views(scales, size) / sum(map(len, scales))) ** SHARPNESS
+        return unit_maximum((sum_views(scales, size) / sum(map(len, scales))) ** SHARPNESS)
 
     def _cells(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Features of all depths on the grid of the last: (B, D, h, w) float32."""
