@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # of any dimension, synchronised or not
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from models import efficientnet_lite, resnet, resnet38, timm_nets
+from models import resnet38
 from utils.errors import UserError
 from utils.transforms import Normalise
 
@@ -56,28 +56,39 @@ class BackbonePlug:
     own_names: Callable[[State], State] = dict
 
 
-def _torchvision(name: str) -> BackbonePlug:
-    return BackbonePlug(lambda output_stride, width, dilated: resnet.ResNet(name, output_stride, dilated),
-                        partial(resnet.imagenet_weights, name))
+# torchvision and timm take seconds to import: only a network that is theirs imports them.
+
+def _resnet(name: str) -> BackbonePlug:
+    def build(output_stride: int, width: float, dilated: bool) -> nn.Module:
+        from models.resnet import ResNet
+        return ResNet(name, output_stride, dilated)
+
+    def imagenet() -> tuple[str, State]:
+        from models.resnet import imagenet_weights
+        return imagenet_weights(name)
+    return BackbonePlug(build, imagenet)
 
 
-def _timm(name: str, output_stride: int, width: float, dilated: bool) -> nn.Module:
-    return timm_nets.TimmNet(name, output_stride, dilated)
+def _lite(name: str) -> BackbonePlug:
+    def build(output_stride: int, width: float, dilated: bool) -> nn.Module:
+        from models import efficientnet_lite
+        return efficientnet_lite.build(name, output_stride, dilated)
 
+    def imagenet() -> tuple[str, State]:
+        from models import efficientnet_lite
+        return efficientnet_lite.imagenet_weights(name)
 
-def _lite(name: str, output_stride: int, width: float, dilated: bool) -> nn.Module:
-    return efficientnet_lite.build(name, output_stride, dilated)
+    def own_names(state: State) -> State:
+        from models import efficientnet_lite
+        return efficientnet_lite.own_names(state)
+    return BackbonePlug(build, imagenet, own_names=own_names)
 
 
 BACKBONES: dict[str, BackbonePlug] = {
-    "resnet18": _torchvision("resnet18"),
-    "resnet34": _torchvision("resnet34"),
-    "resnet50": _torchvision("resnet50"),
-    "resnet101": _torchvision("resnet101"),
+    **{name: _resnet(name) for name in ("resnet18", "resnet34", "resnet50", "resnet101")},
     "resnet38": BackbonePlug(lambda output_stride, width, dilated: resnet38.ResNet38(width),
                              hint=" (published as ilsvrc-cls_rna-a1_cls1000_ep-0001.params)"),
-    **{name: BackbonePlug(partial(_lite, name), partial(efficientnet_lite.imagenet_weights, name),
-                          own_names=efficientnet_lite.own_names) for name in efficientnet_lite.LITES},
+    **{name: _lite(name) for name in ("efficientnet_lite0", "efficientnet_lite2")},
 }
 
 
@@ -85,12 +96,14 @@ def find_backbone(name: str) -> BackbonePlug:
     """The plug of a backbone: one of BACKBONES, or a model of timm; UserError for another name."""
     if name in BACKBONES:
         return BACKBONES[name]
+    from models import timm_nets
     if not timm_nets.is_known(name):
         near = [*difflib.get_close_matches(name, BACKBONES, n=3), *timm_nets.similar(name)]
         raise UserError(f"unknown backbone {name!r}; pass --backbone with one of {', '.join(BACKBONES)}, or a model of "
                         f"timm{f', such as {near[0]}' if near else ''}")
-    return BackbonePlug(partial(_timm, name), partial(timm_nets.imagenet_weights, name)
-                        if timm_nets.has_weights(name) else None, own_names=timm_nets.own_names)
+    return BackbonePlug(lambda output_stride, width, dilated: timm_nets.TimmNet(name, output_stride, dilated),
+                        partial(timm_nets.imagenet_weights, name) if timm_nets.has_weights(name) else None,
+                        own_names=timm_nets.own_names)
 
 
 def build_backbone(name: str, output_stride: int = 16, width: float = 1.0, dilated: bool = True) -> nn.Module:

@@ -11,12 +11,14 @@ class Classifier(Network):
 
     backbone: see `models.backbone.Backbone`.  classes: number of foreground classes K.  dropout: of whole channels, in
     [0, 1], before the head.  bias: of the head, as one fitted to stored features has; PSA's has none.
+    last: the backbone's stage that the head reads, by default its last.
     A seed method (src/seeds) attaches its module as `seed`.
     """
 
-    def __init__(self, backbone: nn.Module, classes: int, dropout: float = 0.5, bias: bool = False):
+    def __init__(self, backbone: nn.Module, classes: int, dropout: float = 0.5, bias: bool = False,
+                 last: str | None = None):
         super().__init__(backbone)
-        self.last = backbone.stages[-1]
+        self.last = last or backbone.stages[-1]
         self.dropout = nn.Dropout2d(dropout)
         self.head = nn.Conv2d(backbone.channels[self.last], classes, 1, bias=bias)
         nn.init.normal_(self.head.weight, std=0.01)

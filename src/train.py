@@ -1,16 +1,18 @@
 """Stage 1, the CAM classifier, and stage 2, AffinityNet: what is trained, on what, with which loss."""
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from models.affinitynet import KINDS, affinity_loss, pair_counts
 from models.backbone import Network, build_backbone, for_inference
+from models.classifier import Classifier
 from models.weights import build_network, load_pretrained, pack, unpack
 from src.inference import cam_folder, crf_identity, make_cams
 from src.masks import LabelConfig, write_label
@@ -42,11 +44,24 @@ Options = Mapping[str, object]  # the flat record of a run's flags: written to f
 
 # --- what stages share -----------------------------------------------------------------------------------------------
 
-def initialise(network: Network, backbone: str, pretrained: str, freeze: int, bn: str) -> None:
-    """Load --pretrained into the backbone, then freeze by --freeze and --bn; says what it did."""
+def initialise(network: Network, backbone: str, pretrained: str, freeze: int, bn: str) -> Collection[str]:
+    """Load --pretrained into the backbone, then freeze by --freeze and --bn; says what it did.
+
+    Returns the names of the modules that came from the file, relative to the backbone.
+    """
     loaded, line = load_pretrained(network.backbone, backbone, pretrained)
     print(line, file=sys.stderr)
     network.freeze(freeze if loaded else 0, bn, loaded)
+    return loaded
+
+
+def deepest_loaded(backbone: nn.Module, loaded: Collection[str]) -> str:
+    """The deepest stage of a backbone that came from a file; the last one if none did.  loaded: see `initialise`.
+
+    A file may end before the network does, and a head fitted to features of random weights says little.
+    """
+    return next((stage for stage in reversed(backbone.stages) if any(f".{stage}." in f".{name}." for name in loaded)),
+                backbone.stages[-1])
 
 
 def split_holdout(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -116,9 +131,14 @@ def run_stage1(dataset: Dataset, plan: ClassifierPlan, machine: Machine, out: Pa
     torch.manual_seed(config.seed)
     how = {"kind": "classifier", **asdict(plan.backbone), "classes": len(dataset.classes), "bias": plan.head_only}
     network = build_network(**how)
+    loaded = initialise(network, plan.backbone.backbone, plan.pretrained, config.freeze, config.bn)
+    last = deepest_loaded(network.backbone, loaded)
+    if plan.head_only and last != network.last:
+        print(f"The head reads {last}: the weights end there", file=sys.stderr)
+        how["last"] = last
+        network = Classifier(network.backbone, len(dataset.classes), bias=True, last=last)
     how["seed"] = plan.seed.record(plan.settings)
     attach(network, how["seed"])
-    initialise(network, plan.backbone.backbone, plan.pretrained, config.freeze, config.bn)
 
     def contents() -> dict[str, object]:
         return {"classes": list(dataset.classes), "networks": {"classifier": pack(network, **how)}}

@@ -1,11 +1,13 @@
 """Fixtures that several files share: chains of script runs, made in the background, and the GPU marker."""
+import functools
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from script_runs import CHAINS, DATA, MACHINE, SMALL, STAGE2, chain, run
+from script_runs import CHAINS, DATA, MACHINE, SMALL, STAGE2, chain, start_cold
+from script_runs import run as run_script
 
 from data.make_toy import make_toy
 
@@ -49,6 +51,7 @@ def pipeline(folder, get):
     """The six steps on a toy dataset.  .folder is where they ran (copy it before changing it), .runs what they said."""
     make_toy(folder / DATA, train=12, test=6, classes=3, size=56)
     train = (*SMALL, "--crop_size", "65", "--epochs", "4", "--batch_size", "2")
+    run = functools.partial(run_script, start=start_cold)  # as from a shell, imports and all
     inherited = SMALL  # what it does not name, the later steps take from the records of the earlier ones
     runs = {
         1: run(folder, "run_train.py", "--stage", 1, *train, "--scales", 1),

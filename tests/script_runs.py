@@ -1,10 +1,16 @@
 """Running the real scripts as a user's shell does, and chains of such runs in the background."""
+import atexit
+import functools
 import json
 import os
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +25,7 @@ MACHINE = ("--device", "cpu", "--workers", "0")
 SMALL = ("--backbone", "resnet18", "--pretrained", "none", "--epochs", "1", *MACHINE)
 DATA = "data/oxford-iiit-pet"  # the scripts' default, in the working directory
 STAGE2 = "output/stage2_resnet18/model_best.pth.tar"
+STARTING = threading.Lock()  # one server for the chains, which run in threads
 CHAINS = {}  # name -> function (empty folder, get) -> result; `get(name)` waits for another chain's result
 
 
@@ -51,10 +58,88 @@ def imagenet_weights(folder, name):
     return path
 
 
-def start(folder, script, *flags, env=()):
-    """Start a script in a folder, in a process group of its own, as a shell would.  env: more of its environment."""
+class Server:
+    """A process that has imported torch and forks for each run (tests/fork_scripts.py).  env: more of its environment.
+    """
+
+    def __init__(self, env=()):
+        self._home = tempfile.TemporaryDirectory(prefix="wsss-forks-")
+        self._path = os.path.join(self._home.name, "socket")
+        self._process = subprocess.Popen([sys.executable, str(ROOT / "tests/fork_scripts.py"), self._path],
+                                         env={**environment(Path(self._home.name)), **dict(env)},
+                                         stdin=subprocess.PIPE, start_new_session=True)
+
+    def connect(self):
+        deadline = time.monotonic() + 120
+        while not os.path.exists(self._path):
+            assert self._process.poll() is None and time.monotonic() < deadline, "the server of forks did not start"
+            time.sleep(0.05)
+        connection = socket.socket(socket.AF_UNIX)
+        while connection.connect_ex(self._path):  # bound, and not yet listening
+            assert self._process.poll() is None and time.monotonic() < deadline, "the server of forks does not answer"
+            time.sleep(0.05)
+        return connection
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+        self._home.cleanup()
+
+
+class Fork:
+    """A run started by a server, with what tests use of `subprocess.Popen`."""
+
+    def __init__(self, server, folder, command, env):
+        self.args, self.returncode = command, None
+        self._outputs = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        request = {"folder": str(folder), "command": command, "environment": env}
+        self._connection = server.connect()
+        socket.send_fds(self._connection, [json.dumps(request).encode() + b"\n"],
+                        [output.fileno() for output in self._outputs])
+        self._answers = self._connection.makefile()
+        self.pid = int(self._answers.readline())
+
+    def poll(self, timeout=0):
+        if self.returncode is None and select.select([self._connection], [], [], timeout)[0]:
+            self.returncode = os.waitstatus_to_exitcode(int(self._answers.readline()))
+            self._answers.close(), self._connection.close()
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        if self.poll(timeout) is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        texts = []
+        for output in self._outputs:
+            output.seek(0)
+            texts.append(output.read().decode())
+            output.close()
+        return texts
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+
+
+@functools.cache
+def warm_server():
+    server = Server()
+    atexit.register(server.close)
+    return server
+
+
+def start(folder, script, *flags, server=None):
+    """Start a script in a folder, in a process group of its own, as a shell would, but with torch imported already.
+
+    server: another one than that of all tests.
+    """
+    with STARTING:
+        server = server or warm_server()
+    return Fork(server, folder, [str(script), *map(str, flags)], environment(folder))
+
+
+def start_cold(folder, script, *flags):
+    """Start a script as `start` does, in an interpreter of its own."""
     return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, flags)], cwd=folder, text=True,
-                            env={**environment(folder), **dict(env)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             start_new_session=True)
 
 
@@ -85,22 +170,19 @@ def interrupt_when(process, ready):
 
 
 def fork(folder, jobs, env=()):
-    """Run (folder, command) jobs one after the other in forks of one process.  Returns a CompletedProcess of each."""
-    outputs = [str(folder / f"job{number}") for number in range(len(jobs))]
-    plan = [(str(home), list(map(str, command)), output) for (home, command), output in zip(jobs, outputs)]
-    (folder / "jobs.json").write_text(json.dumps(plan))
-    done = run(folder, "tests/fork_scripts.py", "jobs.json", timeout=300 + 6 * len(jobs), env=env)
-    return [subprocess.CompletedProcess(command, status, _text(f"{output}.out"), _text(f"{output}.err"))
-            for (_, command, output), status in zip(plan, json.loads(done.stdout.splitlines()[-1]))]
+    """Run (folder, command) jobs one after the other.  Returns a CompletedProcess of each.  env: of a server of theirs.
+    """
+    server = Server(env) if env else None
+    try:
+        return [finish(start(home, *command, server=server)) for home, command in jobs]
+    finally:
+        if server:
+            server.close()
 
 
-def _text(path):
-    return Path(path).read_text(encoding="utf-8")
-
-
-def run(folder, script, *flags, timeout=120, env=()):
+def run(folder, script, *flags, timeout=120, start=start):
     """Run a script that must end well."""
-    done = finish(start(folder, script, *flags, env=env), timeout)
+    done = finish(start(folder, script, *flags), timeout)
     command = " ".join(map(str, (script, *flags)))
     assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stderr[-3000:]}"
     return done

@@ -6,6 +6,8 @@ import pytest
 import torch
 from script_runs import chain, copy, run
 
+from models.backbone import build_backbone
+from src.train import deepest_loaded
 from src.training.head import PENALTY, fit_head
 from utils.checkpoint import load_checkpoint
 
@@ -53,6 +55,17 @@ def test_a_class_that_no_image_shows_is_never_predicted():
     weight, bias = fit_head(features, labels * torch.tensor([1.0, 1, 0]))
     logits = features @ weight.T + bias
     assert torch.isfinite(weight).all() and logits[:, 2].max() < 0, f"logits up to {logits[:, 2].max():.2f}"
+
+
+@pytest.mark.parametrize("backbone, loaded, expected", [
+    ("resnet18", ("conv1", "layer2.0.conv1", "layer3.1.bn2"), "layer3"),
+    ("resnet18", ("conv1", "layer4.1.bn2"), "layer4"),
+    ("resnet18", (), "layer4"),
+    ("efficientnet_lite0", ("net.conv_stem", "net.blocks.4.0.conv_dw"), "blocks.4")])
+def test_the_head_reads_the_deepest_stage_that_came_from_a_file(backbone, loaded, expected):
+    with torch.device("meta"):
+        net = build_backbone(backbone)
+    assert deepest_loaded(net, loaded) == expected
 
 
 @chain

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms import functional as TF
 
 from utils.grids import Size, resize_image, resize_labels
 from utils.labels import IGNORE
@@ -95,6 +94,7 @@ def _place(image, target, crop, rng):
 def _jitter(image, rng):
     """Brightness, contrast, saturation and hue in a random order, each by a random factor."""
     picture = Image.fromarray(np.ascontiguousarray(image))
+    from torchvision.transforms import functional as TF  # takes seconds to import; inference goes without
     operations = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
     centres = (1, 1, 1, 0)
     for i in rng.permutation(4):

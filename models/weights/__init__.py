@@ -276,5 +276,5 @@ def _same_network(layout: Layout, record: Record) -> bool:
     """Whether a layout names the network of a record, or at least its backbone (torchvision has nothing else)."""
     if layout.background or layout.backbone != record["backbone"]:
         return False
-    return layout.family == "torchvision" or (layout.kind == record["kind"] and all(
+    return layout.family == "torchvision" or (layout.kind == record["kind"] and not record.get("last") and all(
         record.get(name, BUILT[name]) == value for name, value in layout.options))
