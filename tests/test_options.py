@@ -59,8 +59,8 @@ def test_a_methods_defaults_are_of_flags_that_their_steps_have_and_come_before_t
     own, published = recipes.METHODS[method]["masks"], recipes.PUBLISHED["masks"]
     for upstream, expected in (({"method": method}, own), ({}, published)):
         args = resolve(parser, parser.parse_args(["--dataset", "voc"]), upstream, "a record")
-        assert args.bg_alpha == expected["bg_alpha"], f"after {upstream}: {args.bg_alpha}"
-        assert args.crf_preset == expected["crf_preset"] and args.walk_steps == published["walk_steps"]
+        found = {name: getattr(args, name) for name in expected}
+        assert found == expected, f"after {upstream}: {found}"
     assert f"Defaults of --method {method}: bg_alpha=6.0" in capsys.readouterr().err
     given = resolve(parser, parser.parse_args(["--dataset", "voc", "--bg_alpha", "3"]), {"method": method}, "a record")
     assert given.bg_alpha == 3, f"--bg_alpha 3 became {given.bg_alpha}"

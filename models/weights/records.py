@@ -21,7 +21,8 @@ def build_network(kind: str, backbone: str, width: float = 1.0, output_stride: i
     """A network with random weights.
 
     kind: one of KINDS.  classes: foreground classes K (DeepLab adds the background itself).  head: DeepLab's, one of
-    `models.deeplab.HEADS`.  bias: of the classifier's head.  last: the stage that it reads.  The rest: see `models.backbone.build_backbone`.
+    `models.deeplab.HEADS`.  bias: of the classifier's head.  last: the stage that it reads.  The rest: see
+    `models.backbone.build_backbone`.
     """
     features = build_backbone(backbone, output_stride, width, dilated)
     if kind == "classifier":

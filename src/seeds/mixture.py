@@ -26,14 +26,14 @@ from src.seeds.cam import CamConfig, Plan, Reader, Seed, needs_pretrained, sum_v
 from utils.errors import UserError
 from utils.grids import Size, resize_tensor
 
-BACKGROUND, PER_CLASS = 12, 2  # components, of all classes together and of each
+BACKGROUND, PER_CLASS = 6, 2  # components, of all classes together and of each
 FITS = 3           # from different starts; their posteriors are averaged, as EM ends where it began
 CELLS = 96         # of an image, drawn at random
 IMAGES = 1400      # at most, which bounds the memory of the fit: 0.2 GB at 416 channels
 RIDGE = 0.03       # of the mean variance, added to the covariance's diagonal
 ROUNDS = 15        # of EM
 REFITS = 1         # times that the prior is taken from the fitted mixture and the mixture is fitted again
-PRIOR = 2.0        # weight of the prior's logarithm: features of one image agree more than independent ones would
+PRIOR = 3.0        # weight of the prior's logarithm: features of one image agree more than independent ones would
 CERTAIN = 0.95     # the prior never says more than this
 BACK, FRONT = 0.2, 0.5  # of the spread CAM: cells that start as background below, as their class above
 POWER = 4          # of the affinities that spread a CAM; one spreads the mixture's own posterior
