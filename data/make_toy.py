@@ -117,12 +117,12 @@ def _swap_in(root, options):
 
 
 def make_toy(root: str | Path, train: int = 240, test: int = 80, classes: int = 4, size: int = 112, seed: int = 0
-             ) -> None:
+             ) -> str:
     """Write the toy dataset to folder `root`; the same arguments give the same bytes.
 
     train, test: images per split, classes in turn.  classes: 2 to 6.  size: mean side in pixels, 32 or more.
     Each image depends on (seed, split, index, classes, size) only: a larger set starts with the smaller one.
-    A toy set with the same options is left alone, one with other options is replaced.
+    A toy set with the same options is left alone, one with other options is replaced.  Returns what was done, in words.
     Raises FileExistsError if root holds anything else, ValueError for options out of range.
     """
     _check(train, test, classes, size, seed)
@@ -130,11 +130,10 @@ def make_toy(root: str | Path, train: int = 240, test: int = 80, classes: int = 
                    seed=seed)
     target, start = Path(root).resolve(), time.perf_counter()
     if _existing_options(target) == options:
-        print(f"{root} is there already with these options; nothing to do")
-        return
+        return f"{root} is there already with these options; nothing to do"
     _swap_in(target, options)
-    print(f"wrote {train} train and {test} test images of {classes} classes to {root} "
-          f"in {time.perf_counter() - start:.1f} s")
+    return (f"wrote {train} train and {test} test images of {classes} classes to {root} "
+            f"in {time.perf_counter() - start:.1f} s")
 
 
 def _parser():
@@ -154,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
-        make_toy(**vars(args))
+        print(make_toy(**vars(args)))
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
