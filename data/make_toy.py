@@ -117,23 +117,22 @@ def _swap_in(root, options):
 
 
 def make_toy(root: str | Path, train: int = 240, test: int = 80, classes: int = 4, size: int = 112, seed: int = 0
-             ) -> str:
+             ) -> bool:
     """Write the toy dataset to folder `root`; the same arguments give the same bytes.
 
     train, test: images per split, classes in turn.  classes: 2 to 6.  size: mean side in pixels, 32 or more.
     Each image depends on (seed, split, index, classes, size) only: a larger set starts with the smaller one.
-    A toy set with the same options is left alone, one with other options is replaced.  Returns what was done, in words.
+    A toy set with the same options is left alone, one with other options is replaced.  Returns whether it wrote.
     Raises FileExistsError if root holds anything else, ValueError for options out of range.
     """
     _check(train, test, classes, size, seed)
     options = dict(generator="data.make_toy", version=VERSION, train=train, test=test, classes=classes, size=size,
                    seed=seed)
-    target, start = Path(root).resolve(), time.perf_counter()
+    target = Path(root).resolve()
     if _existing_options(target) == options:
-        return f"{root} is there already with these options; nothing to do"
+        return False
     _swap_in(target, options)
-    return (f"wrote {train} train and {test} test images of {classes} classes to {root} "
-            f"in {time.perf_counter() - start:.1f} s")
+    return True
 
 
 def _parser():
@@ -151,13 +150,18 @@ def _parser():
 
 def main(argv: list[str] | None = None) -> None:
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, start = parser.parse_args(argv), time.perf_counter()
     try:
-        print(make_toy(**vars(args)))
+        written = make_toy(**vars(args))
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
         sys.exit(f"error: {error}")
+    if written:
+        print(f"wrote {args.train} train and {args.test} test images of {args.classes} classes to {args.root} "
+              f"in {time.perf_counter() - start:.1f} s")
+    else:
+        print(f"{args.root} is there already with these options; nothing to do")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,8 @@ class _PairSums(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, features, labels, offsets):
+    def forward(ctx: torch.autograd.function.FunctionCtx, features: torch.Tensor, labels: torch.Tensor,
+                offsets: Sequence[Offset]) -> torch.Tensor:
         ctx.save_for_backward(features, labels)
         ctx.offsets = offsets
         sums, zero = features.new_zeros(3), features.new_zeros(())
@@ -125,7 +126,7 @@ class _PairSums(torch.autograd.Function):
         return sums
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         features, labels = ctx.saved_tensors
         out = torch.zeros_like(features)
         for offset in ctx.offsets:
