@@ -15,18 +15,17 @@ from benchmarks.measure import ROOT
 DEMO = Path("output/demo")
 TOY = ["--data_root", "data/toy"]
 # On two cores, processes that read images take more from the network than they give: images this small take 3 ms.
-SMALL = ["--backbone", "efficientnet_lite0", "--crop_size", "112", "--max_size", "160", "--batch_size", "4",
-         "--workers", "0"]
-# Tuned on the toy training split: small batches learn the marks of all classes, and CutMix keeps the classifier from
-# inferring one from the absence of the others; the walk needs few steps on so small a grid.
-WALK = ["--model_path", f"{DEMO}/stage2/model_best.pth.tar", "--bg_alpha", "8", "--walk_steps", "64",
+# On two cores, processes that read images take more from the network than they give: images this small take 3 ms.
+SMALL = ["--backbone", "efficientnet_lite0", "--crop_size", "112", "--max_size", "160", "--workers", "0"]
+# Small images on a small grid: a short walk, and few and large steps of training.
+WALK = ["--model_path", f"{DEMO}/stage2/model_best.pth.tar", "--bg_alpha", "8", "--walk_steps", "16",
         "--crf_preset", "psa"]
 STEPS = [
-    ("toy data", ["-m", "data.make_toy", "--root", "data/toy", "--size", "128"]),
-    ("stage 1", ["run_train.py", "--stage", "1", *TOY, *SMALL, "--method", "cam", "--epochs", "8",
-                 "--cutmix", "1", "--scales", "1.0", "--cam_dir", f"{DEMO}/cams", "--output_dir", f"{DEMO}/stage1"]),
+    ("toy data", ["-m", "data.make_toy", "--root", "data/toy", "--size", "128", "--train", "120", "--test", "40"]),
+    ("stage 1", ["run_train.py", "--stage", "1", *TOY, *SMALL, "--scales", "1.0",
+                 "--cam_dir", f"{DEMO}/cams", "--output_dir", f"{DEMO}/stage1"]),
     ("stage 2", ["run_train.py", "--stage", "2", "--cam_dir", f"{DEMO}/cams", "--pretrained", "imagenet",
-                 "--epochs", "3", "--batch_size", "4", "--lr", "0.1", "--alpha_low", "6", "--alpha_high", "32",
+                 "--epochs", "2", "--batch_size", "8", "--lr", "0.1", "--alpha_low", "6", "--alpha_high", "32",
                  "--output_dir", f"{DEMO}/stage2"]),
     ("inference", ["run_inference.py", *WALK, "--output_dir", f"{DEMO}/inference", "--save_overlays", "--save_walk"]),
     ("evaluation", ["run_eval.py", *WALK, "--output_dir", f"{DEMO}/eval"]),
@@ -35,9 +34,9 @@ STEPS = [
 
 def deeplab_steps(name: str, mask_dir: str) -> list[tuple[str, list[str]]]:
     """Train and test DeepLab on the masks of a folder, or on ground truth ("gt"), with the same settings."""
-    train = ["train_deeplab.py", *TOY, *SMALL, "--mask_dir", mask_dir, "--epochs", "6", "--lr", "0.004",
-             "--weight_decay", "0.0001", "--output_stride", "16", "--pretrained", f"{DEMO}/stage1/model_best.pth.tar",
-             "--output_dir", f"{DEMO}/{name}"]
+    train = ["train_deeplab.py", *TOY, *SMALL, "--mask_dir", mask_dir, "--epochs", "5", "--batch_size", "8",
+             "--lr", "0.008", "--weight_decay", "0.0001", "--output_stride", "16",
+             "--pretrained", f"{DEMO}/stage1/model_best.pth.tar", "--output_dir", f"{DEMO}/{name}"]
     test = ["test_deeplab.py", "--model_path", f"{DEMO}/{name}/model_best.pth.tar", "--scales", "1.0",
             "--crf_preset", "psa", "--output_dir", f"{DEMO}/{name}_test"]
     return [(f"{name} training", train), (f"{name} test", test)]

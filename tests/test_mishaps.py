@@ -241,3 +241,12 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
     with pytest.raises(UserError, match="the gradient is not finite at step 0"):
         run(tmp_path, task)
     assert all(torch.isfinite(tensor).all() for tensor in task.network.state_dict().values())
+
+
+def test_a_diverged_training_stops_before_it_becomes_the_best(tmp_path):
+    def loss(network, batch, micro):
+        value, terms = classify(network, batch, micro)
+        return value + 1e6, terms  # finite
+    with pytest.raises(UserError, match="training has diverged: the mean loss of epoch 1 is .*; lower --lr"):
+        run(tmp_path, tiny_task(loss))
+    assert not (tmp_path / "model_best.pth.tar").exists(), sorted(tmp_path.iterdir())

@@ -22,6 +22,7 @@ from utils.interrupt import Interrupt, Interrupted
 from utils.loader import EpochBatches, TrainingSamples, training_loader
 from utils.log import JsonLog, NoBoard, NoLog, duration, environment, memory_gb, progress, tensorboard
 
+DIVERGED = 1e3  # mean loss of an epoch; at the start, all losses here are of order 1
 Batch = Mapping[str, torch.Tensor]
 Terms = dict[str, torch.Tensor]
 
@@ -192,6 +193,9 @@ class Run:
     def finish_epoch(self) -> None:
         """Validate, log the epoch's means, and save."""
         means = {name: value / self.step for name, value in self.sums.items()}
+        if means["loss"] > DIVERGED:
+            raise UserError(f"training has diverged: the mean loss of epoch {self.epoch + 1} is {means['loss']:.3g}; "
+                            "lower --lr, or set --clip_grad")
         scores = {"score": -means["loss"]}
         if self.task.validate is not None:
             self.network.eval()
