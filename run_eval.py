@@ -31,10 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     from src.pipeline import Pipeline
     from src.records import check_classes, open_checkpoint, with_classes
     from utils.config import MapConfig, WalkConfig
-    from utils.store import check_data
+    from utils.store import check_data, mask_record
     payload, manifest, crf = None, None, None
     if args.mask_dir:
-        manifest = evaluation.mask_manifest(args.mask_dir)
+        manifest = mask_record(args.mask_dir)
         made_by = (manifest["options"], args.mask_dir) if manifest else (None, None)
         flags.resolve(parser, args, *made_by, (*INHERITED, *OF_MASKS))
         args.model_path = None

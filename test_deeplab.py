@@ -1,25 +1,29 @@
 """Step 6: test a DeepLab checkpoint with several scales, flip and dense CRF.
 
 Reads output/deeplab_<backbone>/model_best.pth.tar (the newest, or --model_path) and a split (default: the test split);
-writes masks/, scores.json, plots and panels to --output_dir (default output/deeplab_test).
+writes masks/, scores.json, plots and panels to --output_dir (default output/deeplab_test). With --images PATH (an image
+or a folder) no dataset is needed: a mask and an overlay of every image are written (by default to output/images).
 """
 import sys
 from pathlib import Path
 
 from utils import options as flags
 from utils import recipes
+from utils.errors import UserError
 from utils.runtime import run_main
 
-NAMES = ("model_path", *flags.DATA, *flags.MAPS, "merge", "bg_threshold", "crf", *flags.CRF, "max_size", "output_dir",
-         "overwrite", "save_overlays", "submission", *flags.MACHINE)
+NAMES = ("model_path", *flags.DATA, "images", *flags.MAPS, "merge", "bg_threshold", "crf", *flags.CRF, "max_size",
+         "output_dir", "overwrite", "save_overlays", "submission", *flags.MACHINE)
 INHERITED = ("dataset", "data_root", "difficult", "max_size", "precision")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = flags.Parser(__doc__, NAMES, "deeplab", recipes.DEEPLAB_TEST, output_dir="output/deeplab_test")
+    parser = flags.Parser(__doc__, NAMES, "deeplab", recipes.DEEPLAB_TEST, output_dir=None)
     args = parser.parse_args(argv)
+    if args.images is not None and (args.labels == "gt" or args.submission is not None):
+        parser.error("--images has no labels to go by, and is no split; leave --labels and --submission out")
     from models.weights import load_model
-    from src import segment, start
+    from src import inference, segment, start
     from src.masks import MaskConfig
     from src.pipeline import DeepLabPipeline
     from src.records import newest, with_classes
@@ -32,18 +36,27 @@ def main(argv: list[str] | None = None) -> int:
     payload = load_model(args.model_path, steps=("deeplab",))
     parser.settle_head(payload["networks"]["deeplab"].get("head", "seamv1"))
     flags.resolve(parser, args, payload["options"], args.model_path, INHERITED)
-    args.split = args.split or DATASETS[args.dataset].test_split
+    args.output_dir = args.output_dir or ("output/deeplab_test" if args.images is None else "output/images")
+    args.split = args.split or DATASETS[args.dataset].tested(args.data_root)
     if args.submission is not None:
         check_submission(args.submission, DataConfig.of(vars(args)))
     crf = start.settled_crf(args)
     args.crf_backend = args.crf_backend if crf is None else crf.backend
+    machine, how = start.machine_of(args), MaskConfig(crf, args.max_size, args.bg_threshold)
+    if args.images is not None:
+        paths, args.labels = inference.list_images(Path(args.images)), "predicted"
+        inference.check_results(paths, Path(args.output_dir))
+        if payload["classes"] is None:
+            raise UserError(f"{args.model_path} does not name its classes; test it on a dataset's split")
+        pipeline = DeepLabPipeline(payload, MapConfig.of(vars(args)), args.merge, machine)
+        if start.begin("Step 6", args, machine):
+            inference.run_images(pipeline, paths, Path(args.output_dir), how)
+        return 0
     dataset = start.open_split(args)
     args.split = dataset.split
     payload = with_classes(payload, dataset, args.model_path)
     args.labels = start.settled_labels(args.labels, dataset, default="predicted")
-    machine = start.machine_of(args)
     pipeline = DeepLabPipeline(payload, MapConfig.of(vars(args)), args.merge, machine)
-    how = MaskConfig(crf, args.max_size, args.bg_threshold)
     folders = segment.deeplab_folders(pipeline, Path(args.output_dir), how, args.overwrite)
     for folder in folders:
         folder.check(dataset)

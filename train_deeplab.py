@@ -1,7 +1,7 @@
 """Step 5: train DeepLabV1 on pseudo-masks (--mask_dir FOLDER), or on ground truth for comparison (--mask_dir gt).
 
-Reads images and the masks of step 3 (default output/inference), whose record tells the dataset; writes
-output/deeplab_<backbone>/.
+Reads images and the masks of step 3 (default output/inference), whose record tells the dataset, or masks made
+elsewhere (<image_id>.png of class indices), with --dataset and --data_root; writes output/deeplab_<backbone>/.
 """
 from pathlib import Path
 
@@ -22,9 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     from src.records import check_classes
     from src.training.resume import check_run_dir, resumed
     from utils.config import BackboneConfig, TrainConfig
-    from utils.store import check_data, made_of, read_manifest, run_dir
+    from utils.store import check_data, made_of, mask_record, run_dir
     args.mask_dir = args.mask_dir or DEFAULTS["mask_dir"]
-    manifest = None if args.mask_dir == "gt" else read_manifest(args.mask_dir, "mask")
+    manifest = None if args.mask_dir == "gt" else mask_record(args.mask_dir)
     flags.resolve(parser, args, manifest and manifest["options"], args.mask_dir, INHERITED)
     args.pretrained = start.settled_pretrained(args.pretrained, args.backbone)
     start.check_network(args)

@@ -28,7 +28,7 @@ def show_affinity(pipeline: Pipeline, paths: Sequence[Path], chosen: tuple[int, 
     if not distributed.is_main():
         return
     for path, name in progress(list(zip(paths, result_names(paths))), "affinity"):
-        image = read_image(path)
+        image = read_image(path, displayed=True)
         at = place(chosen, image.shape[:2])
         save_picture(folder / f"{name}_cam.png", picture(image, cam_vector(pipeline, image, at), chosen))
         if "affinity" in pipeline.records:
@@ -47,7 +47,7 @@ def shown_images(chosen: tuple[int, int] | None, dataset: Dataset | None, paths:
         return []
     paths = paths or [dataset.image_path(i) for i in range(min(COUNT, len(dataset)))]
     for path in paths:
-        height, width = image_size(path)
+        height, width = image_size(path, displayed=True)
         if chosen[0] >= width or chosen[1] >= height:
             raise UserError(f"--show_affinity {chosen[0]},{chosen[1]}: {path} is {width}x{height} pixels; pass an X "
                             f"below {width} and a Y below {height}, or other images")

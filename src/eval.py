@@ -10,12 +10,11 @@ from src.masks import MaskConfig, decide, full_size
 from src.scoring import BOX, Stage, Tally, score_split
 from utils import distributed
 from utils.datasets.base import Dataset
-from utils.errors import UserError
-from utils.files import read_json, write_json
+from utils.files import write_json
 from utils.labels import IGNORE, read_mask
 from utils.maps import foreground_probability
 from utils.metrics import scores
-from utils.store import MANIFEST, made_of
+from utils.store import made_of
 from utils.visualize import heatmap, overlay, overlay_mask, panel, plot_bars, plot_curves
 
 Table = dict[str, dict[str, dict]]  # stage -> "fixed" or "oracle" -> scores
@@ -43,14 +42,6 @@ def stages_of(scores: SplitScores, crf: bool) -> list[Stage]:
     return stages + [replace(stages[-1], name="mask", crf=True)] * crf
 
 
-def mask_manifest(folder: str | Path) -> dict | None:
-    """The manifest of a folder of masks, None for masks made elsewhere; UserError if there is no such folder."""
-    path = Path(folder) / MANIFEST
-    if not Path(folder).is_dir():
-        raise UserError(f"no folder {folder}; pass a folder of masks with --mask_dir")
-    return read_json(path, "delete it") if path.is_file() else None
-
-
 # --- the report ------------------------------------------------------------------------------------------------------
 
 def report(dataset: Dataset, tallies: Mapping[str, Tally], options: Mapping[str, object], folder: Path) -> Table:
@@ -60,13 +51,13 @@ def report(dataset: Dataset, tallies: Mapping[str, Tally], options: Mapping[str,
         if tally.sweep.counts.any():
             threshold, best = tally.sweep.oracle()
             table[name]["oracle"] = {"threshold": threshold, **best}
-    _print_table(table, dataset, options)
     images = {image_id: {name: _rounded(tally.images[image_id]) for name, tally in tallies.items()}
               for image_id in dataset.ids}
     write_json(folder / "scores.json", {
         "dataset": dataset.name, "data_root": str(dataset.root), "split": dataset.split, "images": len(dataset),
         "labels": options["labels"], "classes": list(dataset.classes), "options": dict(options),
         "scores": _plain(table), "image_fg_iou": images})
+    _print_table(table, dataset, options)
     _plots(dataset, tallies, table, folder)
     return table
 

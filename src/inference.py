@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from src.masks import MaskConfig, decide, full_size, write_mask
-from src.pipeline import Pipeline
+from src.pipeline import DeepLabPipeline, Pipeline
 from src.records import record_hash
 from src.split_map import map_split, through_network, through_workers
 from utils import distributed
@@ -19,7 +19,7 @@ from utils.datasets.base import Dataset
 from utils.errors import ImageError, UserError
 from utils.files import load_cam, read_json, save_cam, save_scores, write_json
 from utils.grids import capped_size, resize_image
-from utils.images import SUFFIXES, read_image
+from utils.images import SUFFIXES, is_image_name, read_image
 from utils.labels import save_mask
 from utils.log import progress
 from utils.maps import foreground_probability
@@ -179,12 +179,19 @@ def save_walk(path: Path, pipeline: Pipeline, image: np.ndarray, keys: np.ndarra
 
 def list_images(path: Path) -> list[Path]:
     """The image files at a path: itself, or those of a folder, sorted, without results of --images; UserError if none.
+
+    Hidden files do not count; what else is left out of a folder (other files, broken links, sub-folders) is named.
     """
     if path.is_dir():
-        results = _ledger(path)
-        found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.name not in results)
+        own = {*_ledger(path), LEDGER}
+        files = sorted(file for file in path.iterdir() if file.name not in own and not file.name.startswith("."))
+        found = [file for file in files if is_image_name(file.name) and file.is_file()]
         if not found:
-            raise UserError(f"{path} holds no image ({', '.join(SUFFIXES[:6])}); pass another --images")
+            raise UserError(f"{path} holds no image ({', '.join(SUFFIXES[:6])}, ...); pass another --images")
+        others = [file.name + "/" * file.is_dir() for file in files if file not in found]
+        if others and distributed.is_main():
+            print(f"Left out in {path}, as they are no image files: {', '.join(others[:5])}"
+                  + (f" and {len(others) - 5} more" if len(others) > 5 else ""), file=sys.stderr)
         return found
     if not path.is_file():
         raise UserError(f"no image {path}; pass an image or a folder with --images")
@@ -224,8 +231,12 @@ def check_results(paths: Sequence[Path], out: Path) -> None:
                         "or move it away")
 
 
-def run_images(pipeline: Pipeline, paths: Sequence[Path], out: Path, how: MaskConfig, walks: bool) -> None:
-    """Masks and overlays of image files in `out`; labels are predicted.  walks: animate the propagation too."""
+def run_images(pipeline: Pipeline | DeepLabPipeline, paths: Sequence[Path], out: Path, how: MaskConfig,
+               walks: bool = False) -> None:
+    """Masks and overlays of image files, as a viewer displays them, in `out`; labels are predicted.
+
+    walks: animate the propagation too, of a `Pipeline` with AffinityNet.
+    """
     names = result_names(paths)
     listed = sorted({*_ledger(out), *(file for name in names for file in _results(name))})
     if distributed.is_main():
@@ -240,20 +251,24 @@ def run_images(pipeline: Pipeline, paths: Sequence[Path], out: Path, how: MaskCo
             write_json(out / LEDGER, {"results": [file for file in listed if (out / file).is_file()]})
 
 
-def _write_results(pipeline: Pipeline, file: Path, out: Path, name: str, how: MaskConfig, walks: bool) -> None:
+def _write_results(pipeline: Pipeline | DeepLabPipeline, file: Path, out: Path, name: str, how: MaskConfig, walks: bool
+                   ) -> None:
     """The mask and the overlay of one image file; nothing for a damaged one that is to be skipped."""
     try:
-        image = read_image(file)
+        image = read_image(file, displayed=True)
     except ImageError as error:
         if not pipeline.machine.skip_bad:
             raise
         print(f"Skipping {file}: {error}", file=sys.stderr)
         return
-    cam = pipeline.cam(image)
-    mask = decide(image, cam.keys, pipeline.scored(image, cam), how.crf, how.max_size, how.bg_threshold)
     if walks:
+        cam = pipeline.cam(image)
+        keys, scores = cam.keys, pipeline.scored(image, cam)
         save_walk(out / "walks" / f"{name}.gif", pipeline, image, cam.keys, cam.maps)
+    else:
+        keys, scores = pipeline.scores(image)
+    mask = decide(image, keys, scores, how.crf, how.max_size, how.bg_threshold)
     save_mask(out / f"{name}.png", mask)
     save_picture(out / f"{name}_overlay.png", overlay_mask(image, mask))
-    named = ", ".join(pipeline.classes[key] for key in cam.keys)
+    named = ", ".join(pipeline.classes[key] for key in keys)
     print(f"{file}: {named}; foreground {np.mean(mask > 0):.0%} -> {out / f'{name}.png'}")

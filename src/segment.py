@@ -24,11 +24,13 @@ from utils.datasets.base import Dataset
 from utils.errors import UserError
 from utils.files import save_scores
 from utils.grids import resize_labels
+from utils.labels import IGNORE
 from utils.loader import TrainingSamples, Views, WholeImages
 from utils.metrics import confusion, scores
 from utils.store import Folder
 from utils.transforms import Augmentation
 
+SAMPLE = 64  # training masks looked at before the work
 SCALE = {"seamv1": (0.5, 1.5), "mctformer": (0.7, 1.3)}  # random scale of a training image, by DeepLab's head
 
 
@@ -46,7 +48,12 @@ def mask_reader(dataset: Dataset, mask_dir: str) -> Callable[[Dataset, int], np.
     if lacking:
         raise UserError(f"no mask {Path(mask_dir) / lacking[0]}.png (and {len(lacking) - 1} more); run: "
                         "python run_inference.py")
-    return partial(read_pseudo_mask, folder=Path(mask_dir))
+    read = partial(read_pseudo_mask, folder=Path(mask_dir))
+    sample = np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).astype(int)).tolist()
+    if not any((read(dataset, index) % IGNORE).any() for index in sample):
+        raise UserError(f"none of the {len(sample)} masks looked at in {mask_dir} shows an object: DeepLab would learn "
+                        "that all is background; look at the maps they were made from, or name another --mask_dir")
+    return read
 
 
 def read_truth(dataset: Dataset, index: int) -> np.ndarray:

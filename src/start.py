@@ -14,6 +14,7 @@ from utils.config import DataConfig, Machine
 from utils.crf import CRF, PRESETS, CRFParams, settle_backend
 from utils.datasets import open_dataset
 from utils.datasets.base import Dataset
+from utils.datasets.contradictions import check_against_labels
 from utils.errors import UserError
 from utils.log import environment
 from utils.options import pick_device, print_options
@@ -21,9 +22,11 @@ from utils.store import run_dir
 
 
 def open_split(args: argparse.Namespace) -> Dataset:
-    """The split that the flags name."""
+    """The split that the flags name; UserError if its ground truth and its labels cannot belong together."""
     with distributed.main_first():  # what it downloads or parses is there for the others
-        return open_dataset(DataConfig.of(vars(args)))
+        dataset = open_dataset(DataConfig.of(vars(args)))
+    check_against_labels(dataset)
+    return dataset
 
 
 def settled_pretrained(pretrained: str | None, backbone: str) -> str:

@@ -101,13 +101,12 @@ def test_the_smaller_of_two_objects_lies_on_top_and_objects_on_crowds(coco):
 def test_compressed_uncompressed_and_polygon_shapes_give_the_same_mask(size):
     from pycocotools import mask as rle
     shape = np.random.default_rng(0).integers(0, 2, size).astype(np.uint8)
-    image = {"height": size[0], "width": size[1], "file_name": "x.jpg"}
-    plain = layout._encoded(coco_annotation(1, 1, 1, runs(shape)), image, "x.json")
+    plain = layout._encoded(coco_annotation(1, 1, 1, runs(shape)), size, "x", "x.json")
     packed = rle.encode(np.asfortranarray(shape))
     packed["counts"] = packed["counts"].decode()
-    compressed = layout._encoded(coco_annotation(1, 1, 1, packed), image, "x.json")
+    compressed = layout._encoded(coco_annotation(1, 1, 1, packed), size, "x", "x.json")
     assert np.array_equal(rle.decode(plain), shape) and np.array_equal(rle.decode(compressed), shape)
-    box = layout._encoded(coco_annotation(1, 1, 1, polygon((0, 0, *size))), image, "x.json")
+    box = layout._encoded(coco_annotation(1, 1, 1, polygon((0, 0, *size))), size, "x", "x.json")
     assert rle.decode(box).all(), rle.decode(box)
 
 

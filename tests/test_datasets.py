@@ -12,7 +12,7 @@ from trees import opened
 from utils import distributed
 from utils.config import DataConfig
 from utils.datasets import DATASETS, Dataset, Layout, open_dataset
-from utils.datasets.base import image_files
+from utils.datasets.lists import image_files
 from utils.errors import UserError
 from utils.images import image_size, read_image
 from utils.labels import read_mask
@@ -548,7 +548,7 @@ def test_a_dataset_of_ones_own_is_one_line_in_the_registry(toy):
 
 
 def test_each_dataset_says_where_it_is_and_what_it_is_tested_on():
-    found = {name: (layout.data_root, layout.test_split) for name, layout in DATASETS.items()}
+    found = {name: (layout.data_root, layout.tested(layout.data_root)) for name, layout in DATASETS.items()}
     assert found == {"pet": ("data/oxford-iiit-pet", "test"), "voc": ("data/VOCdevkit/VOC2012", "val"),
                      "coco": ("data/coco", "val"), "folder": ("data/mine", None)}, found
     sizes = {name: {flags["max_size"] for flags in layout.defaults.values()} for name, layout in DATASETS.items()}

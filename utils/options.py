@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from utils import distributed
 from utils.datasets import DATASETS
 from utils.errors import UserError
+from utils.images import allow_large_images
 from utils.recipes import METHODS
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ FLAGS = {
                     min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))),
     "on_bad_image": Flag(str, "an image that cannot be decoded: error ends the run; skip leaves it out, and the record "
                               "names it under failures", "error", choices=("error", "skip")),
+    "large_images": Flag(bool, "also read images of more than 178 megapixels, which take gigabytes of memory", False),
     "seed": Flag(natural, "seed of everything random", 0),
     "resume": Flag(bool, "go on from checkpoint.pth.tar of the output folder", False),
     "dry_run": Flag(bool, "check everything, print the options and stop", False),
@@ -164,7 +166,7 @@ MAPS = ("scales", "flip", "labels")
 CRF = ("crf_preset", "crf_gaussian_sxy", "crf_gaussian_compat", "crf_bilateral_sxy", "crf_bilateral_srgb",
        "crf_bilateral_compat", "crf_iterations", "crf_backend")
 WALK = ("bg_alpha", "bg_threshold", "beta", "walk_steps", "walk_eps", "radius")
-MACHINE = ("device", "precision", "workers", "on_bad_image", "seed", "dry_run")
+MACHINE = ("device", "precision", "workers", "on_bad_image", "large_images", "seed", "dry_run")
 GROUPS = {"data": (*DATA, "images", "download"), "network": (*BACKBONE, "head", "model_path"),
           "training": (*TRAINING, "long_side", "cutmix", "head_only"), "maps": ("method", *MAPS, "merge"),
           "affinity labels": ("alpha_low", "alpha_high"), "random walk": WALK, "dense CRF": ("crf", *CRF),
@@ -268,6 +270,8 @@ def resolve(parser: Parser, args: argparse.Namespace, upstream: Mapping[str, obj
     for name in open_flags:
         value = {**parser.flags, **by_dataset, **by_method, **inherited}[name]
         setattr(args, name, list(value) if isinstance(value, tuple) else value)
+    if getattr(args, "large_images", False):
+        allow_large_images()
     if inherited:
         print(f"Inherited {_listed(inherited)} from {source}", file=sys.stderr)
     for source, recipe in ((f"--dataset {dataset}", by_dataset), (f"--method {method}", by_method)):

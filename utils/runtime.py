@@ -57,6 +57,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     """
     wait_quietly()
     keep_memory()
+    for stream in (sys.stdout, sys.stderr):  # a class name that the terminal cannot show must not end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         distributed.start()
         status = main()

@@ -215,6 +215,19 @@ def read_manifest(folder: str | Path, step: str) -> dict:
     return manifest
 
 
+def mask_record(folder: str | Path) -> dict | None:
+    """The manifest of a finished folder of masks; None for masks that were made elsewhere, and have none.
+
+    UserError if there are no masks.
+    """
+    path = Path(folder)
+    if (path / MANIFEST).is_file():
+        return read_manifest(path, "mask")
+    if not path.is_dir() or not any(name.endswith(".png") for name in os.listdir(path)):
+        raise UserError(f"no masks in {folder}; run: {STEP_COMMAND['mask']}, or pass a folder of masks with --mask_dir")
+    return None
+
+
 def check_data(dataset: Dataset, manifest: dict, folder: str | Path) -> None:
     """UserError unless a finished folder was made from the images, and the labels that mattered, of a split.
 

@@ -137,6 +137,9 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _save_figure(figure: Figure, path: str | Path) -> None:
+    from matplotlib.text import Text
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # of a class called "$", matplotlib would make a formula
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=Path(path).suffix[1:].lower() or "png", dpi=120)
 

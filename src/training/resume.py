@@ -12,14 +12,16 @@ import torch
 
 from utils import distributed
 from utils.checkpoint import load_checkpoint, remove_leftovers
+from utils.datasets.base import Dataset
 from utils.errors import UserError
+from utils.files import short_hash
 
 if TYPE_CHECKING:
     from src.training.loop import Run
 
 # Options that may differ between the parts of one run: they do not change what is computed from good images.
 RESUME_FREE = ("resume", "workers", "device", "dry_run", "tensorboard", "download", "output_dir", "data_root",
-               "cam_dir", "mask_dir", "save_every", "on_bad_image", "overwrite")
+               "cam_dir", "mask_dir", "save_every", "on_bad_image", "overwrite", "large_images")
 
 
 def check_run_dir(run_dir: str | Path, resume: bool, overwrite: bool) -> None:
@@ -40,12 +42,27 @@ def state_of(run: Run, log_size: int) -> dict[str, object]:
     """
     return {"optimizer": run.optimiser.state_dict(), "step_in_epoch": run.step,
             "steps_per_epoch": run.steps_per_epoch, "sums": run.sums, "best": run.best, "failures": run.failures,
-            "processes": distributed.world(), "log_size": log_size, "generators": generators()}
+            "processes": distributed.world(), "log_size": log_size, "generators": generators(),
+            "data": data_hash(run.task.samples.dataset)}
+
+
+def data_hash(dataset: Dataset) -> str:
+    """16 hex digits of the ids and labels of the images that a run learns from, in their order."""
+    labels = b"" if dataset.labels is None else dataset.labels.tobytes()
+    return short_hash("\0".join(dataset.ids).encode(), labels)
 
 
 def restore(run: Run, path: Path) -> int:
     """Take up the state of a checkpoint; UserError if it was made with other options.  Returns the log's size then."""
     payload = resumed(path, run.task.step, run.options)
+    dataset = run.task.samples.dataset
+    if list(payload.get("classes") or dataset.classes) != list(dataset.classes):
+        raise UserError(f"--resume: {path} was made with the classes {', '.join(payload['classes'][:4])}, ..., and "
+                        f"{dataset.root} has {', '.join(dataset.classes[:4])}, ...; pass the same data, or leave "
+                        "--resume out to start anew")
+    if payload.get("data", data_hash(dataset)) != data_hash(dataset):
+        raise UserError(f"--resume: {path} was made from other images or labels than those in {dataset.root}; pass the "
+                        "same ones, or leave --resume out to start anew")
     steps = payload.get("steps_per_epoch", run.steps_per_epoch)
     if steps != run.steps_per_epoch:
         raise UserError(f"--resume: {path} was made with {steps} steps an epoch, and now there are "

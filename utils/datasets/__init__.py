@@ -1,10 +1,12 @@
 """Datasets behind one interface.  A new one is a file here, with a `Layout`, and a line in DATASETS."""
+import sys
 from pathlib import Path
 
 from utils.config import DataConfig
-from utils.datasets.base import Dataset, Layout, read_lines
+from utils.datasets.base import Dataset, Layout
 from utils.datasets.coco import COCO
 from utils.datasets.folder import FOLDER
+from utils.datasets.lists import plain, read_lines
 from utils.datasets.pet import PET
 from utils.datasets.voc import VOC
 from utils.errors import UserError
@@ -32,8 +34,12 @@ def open_dataset(config: DataConfig) -> Dataset:
     dataset = layout.open(root, config.split, difficult=config.difficult)
     keep = range(len(dataset))
     if config.ids is not None:
-        wanted = set(read_lines(Path(config.ids)))
+        wanted = {plain(line) for line in read_lines(Path(config.ids), "# ")}
         keep = [i for i in keep if dataset.ids[i] in wanted]
+        others = len(wanted) - len(keep)
+        if keep and others:
+            print(f"WARNING: {others} of the {len(wanted)} ids in {config.ids} are not in split {dataset.split} of "
+                  f"{root}", file=sys.stderr)
     dataset = dataset.subset(keep[:config.limit])
     if not dataset.ids:
         chosen = f" among the ids of {config.ids}" if config.ids is not None else ""

@@ -1,21 +1,25 @@
 """A split of a dataset: its ids, labels, images and ground truth; and what a new dataset has to provide."""
 import json
 import os
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
 from utils import distributed
+from utils.datasets.lists import apart, plain
 from utils.errors import UserError
 from utils.files import short_hash
-from utils.images import SUFFIXES, image_size, missing_image, read_image
+from utils.images import image_size, missing_image, read_image
 from utils.labels import IGNORE, read_mask
 from utils.recipes import by_step
 
-# (image id, its row of labels) -> (where the mask comes from, for messages; mask, uint8 (H, W))
+# (image id, its row of labels) -> (where the mask comes from, for messages; mask, uint8 (H, W)).  May have two methods:
+# missing(ids) -> the ids without a mask; size(image_id) -> (H, W) of a mask, from its header.
 Truth = Callable[[str, np.ndarray | None], tuple[Path | str, np.ndarray]]
 
 
@@ -28,6 +32,7 @@ class Dataset:
     labels: (N, K) uint8, 1 where the image is known to show the class, or None if the split has no labels.
     image_dir: folder of the images.  files: their names in it.
     truth: reads the ground truth of an image, or None if there is none.  lacking: what is missing then, for messages.
+    displayed: whether the EXIF orientation of an image is applied where its annotation's size does not tell.
     """
     name: str
     root: Path
@@ -40,6 +45,7 @@ class Dataset:
     files: list[str]
     truth: Truth | None = None
     lacking: str = ""
+    displayed: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -54,11 +60,21 @@ class Dataset:
 
     def image(self, index: int) -> np.ndarray:
         """RGB uint8 (H, W, 3).  UserError if the file is missing, ImageError if it cannot be decoded."""
-        return read_image(self.image_path(index))
+        return read_image(self.image_path(index), partial(self._shows, index))
 
     def size(self, index: int) -> tuple[int, int]:
         """(H, W) of an image, from its header alone.  Raises like `image`."""
-        return image_size(self.image_path(index))
+        return image_size(self.image_path(index), partial(self._shows, index))
+
+    def _shows(self, index: int, stored: tuple[int, int], orientation: int) -> bool:
+        """Whether the EXIF orientation of an image is applied: as the size of its annotation tells, else as is the rule
+        of the dataset."""
+        of_truth = getattr(self.truth, "size", None)
+        annotated = of_truth(self.ids[index]) if of_truth else None
+        if annotated in (stored, stored[::-1]) and stored[0] != stored[1] and orientation >= 5:
+            return annotated != stored
+        _tell_rule(self.name, self.displayed, self.image_path(index), orientation)
+        return self.displayed
 
     def label(self, index: int) -> np.ndarray | None:
         """(K,) uint8, or None if the split has no labels."""
@@ -69,16 +85,22 @@ class Dataset:
 
         Raises UserError if the split has none, or if the image's is missing, damaged or of another size.
         """
-        self.check_truth()
+        if self.truth is None:
+            self.check_truth()
         source, mask = self.truth(self.ids[index], self.label(index))
         check_size(source, mask, self.size(index), "replace the file that is wrong")
         return mask
 
     def check_truth(self) -> None:
-        """UserError, with what is missing, unless the split has ground truth."""
+        """UserError, with what is missing, unless the split has ground truth of every image."""
+        reason = f" ({self.lacking})" if self.lacking else ""
         if self.truth is None:
-            reason = f" ({self.lacking})" if self.lacking else ""
             raise UserError(f"{self.root} has no ground truth for split {self.split}{reason}")
+        find = getattr(self.truth, "missing", None)
+        missing = find(self.ids) if find else ()
+        if missing:
+            raise UserError(f"{len(missing)} of the {len(self)} images of split {self.split} in {self.root} have no "
+                            f"ground truth, such as {missing[0]}; complete it, or name a split or --ids that has it")
 
     def stamps(self, labels: bool) -> list[str]:
         """For each image 16 hex digits that change when its file does (name, bytes, time of change).
@@ -117,21 +139,37 @@ class Dataset:
         return self.subset([i for i, image_id in enumerate(self.ids) if image_id not in left_out])
 
 
+_told = set()  # datasets whose rule on orientation this process has stated
+
+
+def _tell_rule(name: str, displayed: bool, path: Path, orientation: int) -> None:
+    if name not in _told:
+        _told.add(name)
+        print(f"Note: {path} has EXIF orientation {orientation}; images of --dataset {name} are read as "
+              f"{'displayed' if displayed else 'stored'}, where the size of their ground truth does not say otherwise",
+              file=sys.stderr)
+
+
 @dataclass(frozen=True)
 class Layout:
     """What a dataset provides; one line in `utils.datasets.DATASETS` registers it.
 
     open: function (root: Path, split: str | None, difficult: bool) -> Dataset, where None is the training split.
-    data_root: default of --data_root.  test_split: what step 6 tests on by default; None is the training split.
+    data_root: default of --data_root.  test_split: what step 6 tests on by default, or a function of the root that says
+    it; None is the training split.
     defaults: {step: {flag: default}}; the steps are "stage1", "stage2", "masks" and "deeplab".
     download: function that fetches the dataset into a folder, or None.  remedy: what to do if there is no such folder.
     """
     open: Callable[..., Dataset]
     data_root: str
-    test_split: str | None = None
+    test_split: str | Callable[[Path], str | None] | None = None
     defaults: Mapping[str, Mapping[str, object]] = field(default_factory=lambda: by_step(1024))
     download: Callable[[Path], None] | None = None
     remedy: str = "create it"
+
+    def tested(self, root: str | Path) -> str | None:
+        """The split that step 6 tests on by default."""
+        return self.test_split(Path(root)) if callable(self.test_split) else self.test_split
 
 
 # --- ground truth ----------------------------------------------------------------------------------------------------
@@ -147,12 +185,30 @@ class Pictures:
 
     def find(self, image_id: str) -> Path | None:
         """The path of an image's mask, or None if no folder has it."""
-        paths = (folder / f"{image_id}.png" for folder in self.folders)
+        names = dict.fromkeys((image_id, apart(image_id)))  # as macOS spells names of files
+        paths = (folder / f"{name}.png" for folder in self.folders for name in names)
         return next((path for path in paths if path.is_file()), None)
+
+    def missing(self, ids: Iterable[str]) -> list[str]:
+        """The ids without a mask."""
+        there = {plain(name) for folder in self.folders if folder.is_dir() for name in os.listdir(folder)}
+        return [image_id for image_id in ids if f"{image_id}.png" not in there]
+
+    def size(self, image_id: str) -> tuple[int, int] | None:
+        """(H, W) of a mask, or None if there is none that can be read."""
+        return mask_size(self.find(image_id))
 
     def __call__(self, image_id: str, _: np.ndarray | None) -> tuple[Path, np.ndarray]:
         path = self.find(image_id) or self.folders[0] / f"{image_id}.png"
         return path, class_indices(path, read_truth(path), self.classes)
+
+
+def mask_size(path: Path | None) -> tuple[int, int] | None:
+    """(H, W) of a mask from its header, or None if it is missing or damaged, which whoever reads it will say."""
+    try:
+        return None if path is None else image_size(path)
+    except UserError:
+        return None
 
 
 def read_truth(path: Path) -> np.ndarray:
@@ -182,44 +238,3 @@ def check_size(source: Path | str, mask: np.ndarray, size: Sequence[int], remedy
     """UserError, with the remedy, unless the mask read from `source` has its image's size (H, W)."""
     if mask.shape != tuple(size):
         raise UserError(f"{source} is {mask.shape[1]}x{mask.shape[0]} but its image is {size[1]}x{size[0]}; {remedy}")
-
-
-# --- lists and folders -----------------------------------------------------------------------------------------------
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file without blank ones and comments (#); UserError if it is missing or not UTF-8."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except FileNotFoundError:
-        listed = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) if path.parent.is_dir() else ""
-        raise UserError(f"no file {path}" + (f"; there is: {listed}" if listed else "; create it")) from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file in UTF-8; replace it") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); name a text file") from None
-    return [line for line in lines if line and not line.startswith("#")]
-
-
-def image_files(folder: Path, ids: Iterable[str]) -> list[str | None]:
-    """The name of each id's image in a folder, under any suffix of `SUFFIXES`, or None where there is none."""
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}; --data_root should hold {folder.name}/")
-    # One listing instead of a look for every id and suffix: on a network disk, seconds instead of minutes.
-    there = set(os.listdir(folder))
-    return [next((image_id + suffix for suffix in SUFFIXES if image_id + suffix in there), None) for image_id in ids]
-
-
-def check_tree(root: Path, parts: Sequence[str], layout: str, nested: Sequence[str] = ()) -> None:
-    """UserError, with what was expected and what was found, unless `root` has the folders `parts`.
-
-    nested: folders below `root` where copies of the dataset often begin; one that fits is named as the remedy.
-    """
-    missing = [part for part in parts if not (root / part).is_dir()]
-    if not missing:
-        return
-    found = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
-    shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "") or "nothing"
-    inside = next((root / name for name in nested if all((root / name / part).is_dir() for part in parts)), None)
-    remedy = f"pass --data_root {inside}" if inside else "pass the folder that holds them as --data_root"
-    raise UserError(f"{root} is not {layout}: expected {', '.join(f'{part}/' for part in parts)}, found {shown}; "
-                    f"{remedy}")

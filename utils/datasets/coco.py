@@ -11,6 +11,7 @@ its class and its run-length encoding, 3 to 10 times smaller than the polygons.
 """
 import functools
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from utils import store  # the module, not its names: it imports utils.datasets.base and may still be loading
-from utils.datasets.base import Dataset, Layout, Pictures, check_tree, image_files
+from utils.datasets.base import Dataset, Layout, Pictures
+from utils.datasets.lists import check_ids, check_names, check_tree, image_files, plain
 from utils.errors import UserError
 from utils.files import cached_arrays, file_stamp
 from utils.labels import IGNORE
@@ -81,6 +83,11 @@ class Rendered:
     """Ground truth rendered from the JSON `source` on demand: see `render`."""
     source: Path
 
+    def size(self, image_id: str) -> tuple[int, int]:
+        """(H, W) of an image by the JSON."""
+        table = open_annotations(self.source)
+        return tuple(table["sizes"][int(np.searchsorted(table["stems"], image_id.encode()))].tolist())
+
     def __call__(self, image_id: str, _: np.ndarray | None) -> tuple[str, np.ndarray]:
         table = open_annotations(self.source)
         return f"{self.source} ({image_id})", render(table, int(np.searchsorted(table["stems"], image_id.encode())))
@@ -134,35 +141,96 @@ def _open_annotations(source: str, stamp: tuple[str, int, int]) -> Table:
 def _parse(source: Path) -> Table:
     print(f"Parsing {source}: once, it is then read from output/cache", file=sys.stderr)
     content = _read_json(source)
-    categories = sorted(content["categories"], key=lambda category: category["id"])
-    images = sorted(content["images"], key=lambda image: Path(image["file_name"]).stem)
-    row = {image["id"]: i for i, image in enumerate(images)}
-    index = {category["id"]: i for i, category in enumerate(categories)}
-    objects = [[] for _ in images]
+    index, names = _categories(content["categories"], source)
+    row, stems, sizes = _images(content["images"], source)
+    objects = [[] for _ in stems]
     for annotation in content["annotations"]:
-        if annotation["image_id"] not in row or annotation["category_id"] not in index:
+        image, category = _key(annotation["image_id"]), _key(annotation["category_id"])
+        if image not in row or category not in index:
             raise UserError(f"{source}: annotation {annotation.get('id')} is of image {annotation['image_id']}, class "
                             f"{annotation['category_id']}, of which the file does not have one; fetch it again")
-        objects[row[annotation["image_id"]]].append(annotation)
-    encoded = [_encoded(annotation, image, source) for image, own in zip(progress(images, "masks from JSON"), objects)
-               for annotation in own]
-    flat = [annotation for own in objects for annotation in own]
-    return {"classes": np.array([category["name"] for category in categories]),
-            "stems": np.array([Path(image["file_name"]).stem.encode() for image in images]),
-            "sizes": np.array([(image["height"], image["width"]) for image in images], np.int32).reshape(-1, 2),
-            "first": np.cumsum([0, *map(len, objects)], dtype=np.int64),
-            "category": np.array([index[annotation["category_id"]] for annotation in flat], np.uint8),
-            "crowd": np.array([annotation.get("iscrowd", 0) for annotation in flat], bool),
+        objects[row[image]].append((index[category], annotation))
+    found = []  # (image, class, crowd, encoding)
+    for place, own in enumerate(progress(objects, "masks from JSON")):
+        for category, annotation in own:
+            code = _encoded(annotation, sizes[place], stems[place], source)
+            if code is not None:
+                found.append((place, category, annotation.get("iscrowd") in (1, True), code))
+    empty = len(content["annotations"]) - len(found)
+    if empty:
+        print(f"WARNING: {source}: {empty} objects without any area (polygons of fewer than three points) are left out",
+              file=sys.stderr)
+    encoded = [code for *_, code in found]
+    counts = np.bincount([place for place, *_ in found], minlength=len(stems)) if found else np.zeros(len(stems), int)
+    return {"classes": np.array(names),
+            "stems": np.array([stem.encode() for stem in stems]),
+            "sizes": np.array(sizes, np.int32).reshape(-1, 2),
+            "first": np.cumsum([0, *counts], dtype=np.int64),
+            "category": np.array([category for _, category, _, _ in found], np.uint8),
+            "crowd": np.array([crowd for _, _, crowd, _ in found], bool),
             "area": _areas(encoded),
             "counts": np.frombuffer(b"".join(code["counts"] for code in encoded), np.uint8),
             "counts_first": np.cumsum([0, *(len(code["counts"]) for code in encoded)], dtype=np.int64)}
 
 
+def _key(value: object) -> str | None:
+    """An id as text, so that 7 and "7" are one; None for what is no id."""
+    return str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else None
+
+
+def _keys(rows: Sequence[dict], what: str, source: Path) -> list[str]:
+    """The ids of images or categories; UserError unless they are whole numbers or texts, each once."""
+    keys = [_key(row["id"]) for row in rows]
+    wrong = next((row["id"] for row, key in zip(rows, keys) if key is None), None)
+    if None in keys:
+        raise UserError(f"{source}: {wrong!r} is no id of {what}; ids are whole numbers")
+    if len(set(keys)) < len(keys):
+        twice = next(key for place, key in enumerate(keys) if key in keys[:place])
+        raise UserError(f"{source} has two {what} of id {twice}; correct the file")
+    return keys
+
+
+def _categories(rows: Sequence[dict], source: Path) -> tuple[dict[str, int], list[str]]:
+    """({id: zero-based class}, names) in the order of the ids."""
+    keys = _keys(rows, "categories", source)
+    wrong = next((row for row in rows if not isinstance(row["name"], str)), None)
+    if wrong is not None:
+        raise UserError(f"{source}: category {wrong['id']} has the name {wrong['name']!r}; name it")
+    if len(rows) > 254:
+        raise UserError(f"{source} has {len(rows)} categories; masks of 8 bits hold at most 254, so take out those "
+                        "that no object has, or join some")
+    order = sorted(range(len(rows)), key=lambda i: (0, int(keys[i]), "") if keys[i].isdecimal() else (1, 0, keys[i]))
+    names = [plain(rows[i]["name"].strip()) for i in order]
+    check_names(names, source)
+    return {keys[i]: place for place, i in enumerate(order)}, names
+
+
+def _images(rows: Sequence[dict], source: Path) -> tuple[dict[str, int], list[str], list[tuple[int, int]]]:
+    """({id: place}, stems of the files, sizes (H, W)), sorted by stem."""
+    keys, stems = _keys(rows, "images", source), []
+    for image in rows:
+        if not isinstance(image["file_name"], str) or not image["file_name"].strip():
+            raise UserError(f"{source}: image {image['id']} has the file_name {image['file_name']!r}; name its file")
+        sides = image["height"], image["width"]
+        if not all(type(side) is int and 0 < side < 2**16 for side in sides):
+            raise UserError(f"{source}: image {image['id']} has the height and width {sides[0]!r}, {sides[1]!r}; they "
+                            "are whole numbers of pixels, 1 to 65535")
+        # Some exports write folders, of Windows too, or addresses.
+        name = plain(image["file_name"].strip()).split("?")[0].replace("\\", "/").rsplit("/", 1)[-1]
+        stems.append(os.path.splitext(name)[0])
+    check_ids(stems, source)
+    order = sorted(range(len(rows)), key=lambda i: stems[i].encode())
+    return ({keys[i]: place for place, i in enumerate(order)}, [stems[i] for i in order],
+            [(rows[i]["height"], rows[i]["width"]) for i in order])
+
+
 def _read_json(source: Path) -> dict:
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no number of JSON")
     try:
-        with open(source, encoding="utf-8") as file:
-            content = json.load(file)
-    except ValueError as error:
+        with open(source, encoding="utf-8-sig") as file:
+            content = json.load(file, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is truncated or no JSON ({error}); fetch it again") from None
     needed = {"images": ("id", "file_name", "height", "width"), "categories": ("id", "name"),
               "annotations": ("image_id", "category_id", "segmentation")}
@@ -174,21 +242,57 @@ def _read_json(source: Path) -> dict:
     return content
 
 
-def _encoded(annotation: dict, image: dict, source: Path) -> dict:
-    """Compressed run-length encoding of one object, from any of COCO's three forms."""
+def _encoded(annotation: dict, size: tuple[int, int], stem: str, source: Path) -> dict | None:
+    """Compressed run-length encoding of one object, from any of COCO's three forms; None for polygons without an area.
+
+    Everything is checked first: on numbers that it does not expect, pycocotools reads and writes beyond its memory.
+    """
     from pycocotools import mask as rle
-    shape, size = annotation["segmentation"], [image["height"], image["width"]]
+    shape, size = annotation["segmentation"], list(size)
     try:
         if isinstance(shape, list):
-            return rle.merge(rle.frPyObjects(shape, *size))
-        if shape["size"] != size:
+            polygons = [polygon for polygon in map(_polygon, shape) if len(polygon) >= 6]
+            if any(not -side <= number <= 2 * side for polygon in polygons for number, side in
+                   zip((polygon[1::2].min(), polygon[1::2].max(), polygon[::2].min(), polygon[::2].max()),
+                       (size[0], size[0], size[1], size[1]))):
+                raise ValueError("a polygon leaves its image by more than the image's size")
+            return rle.merge(rle.frPyObjects([polygon.tolist() for polygon in polygons], *size)) if polygons else None
+        if list(shape["size"]) != size:
             raise ValueError(f"it is {shape['size']}, the image {size}")
-        if isinstance(shape["counts"], list):
-            return rle.frPyObjects(shape, *size)
-        return {"size": size, "counts": shape["counts"].encode()}
-    except Exception as error:  # pycocotools raises whatever its C code meets
-        raise UserError(f"{source}: cannot render annotation {annotation.get('id')} of {image['file_name']} ({error}); "
-                        "fetch the file again") from None
+        counts = shape["counts"]
+        runs = [run if type(run) is int else -1 for run in counts] if isinstance(counts, list) else _runs(counts)
+        if any(run < 0 for run in runs) or sum(runs) != size[0] * size[1]:
+            raise ValueError(f"its runs cover {sum(runs)} pixels of {size[0] * size[1]}")
+        return rle.frPyObjects(shape, *size) if isinstance(counts, list) else {"size": size, "counts": counts.encode()}
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        raise UserError(f"{source}: cannot render annotation {annotation.get('id')} of {stem} ({error}); fetch the "
+                        "file again") from None
+
+
+def _polygon(numbers: list) -> np.ndarray:
+    """The coordinates x, y, x, y, ... of a polygon; ValueError unless they are finite numbers, and pairs."""
+    polygon = np.asarray(numbers, dtype=np.float64)
+    if polygon.ndim != 1 or len(polygon) % 2 or not np.isfinite(polygon).all():
+        raise ValueError("a polygon is not a list of finite x, y, x, y, ...")
+    return polygon
+
+
+def _runs(counts: str) -> list[int]:
+    """The runs in COCO's compressed text: numbers of 5 bits a character, from the third on less the last but one."""
+    runs, value, shift = [], 0, 0
+    for character in counts.encode("ascii"):
+        bits = character - 48
+        if not 0 <= bits < 64 or shift > 35:
+            raise ValueError("its counts are no run-length encoding")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (1 << shift) if bits & 16 else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value, shift = 0, 0
+    if shift:
+        raise ValueError("its counts end within a number")
+    return runs
 
 
 def _areas(encoded: Sequence[dict]) -> np.ndarray:

@@ -1,65 +1,97 @@
 """A plain folder of one's own images: images/, labels.csv and, for scores, masks/."""
 import csv
+import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from utils.datasets.base import Dataset, Layout, Pictures, image_files, read_lines
+from utils.datasets.base import Dataset, Layout, Pictures
+from utils.datasets.lists import check_ids, check_names, image_files, plain, read_lines, without_suffix
 from utils.errors import UserError
+
+COMMENT = "# "  # an id may begin with #
+Table = dict[str, list[str]]  # {image id: names of its classes}
 
 
 def open_folder(root: Path, split: str | None, difficult: bool = True) -> Dataset:
     """images/ and labels.csv (image_id,class[;class...]); optional masks/, and <split>.txt with one id a line.
 
-    Classes are the names in labels.csv, sorted, or the lines of classes.txt in their order.  An empty class field means
-    that the image is known to show none.  difficult: ignored.
+    An image id is the name of a file in images/, with or without its suffix.  Classes are the names in labels.csv,
+    sorted, or the lines of classes.txt in their order.  An empty class field means that the image is known to show
+    none.  difficult: ignored.
     """
-    table = _read_labels(root / "labels.csv")
+    images = root / "images"
+    names = {plain(name) for name in os.listdir(images)} if images.is_dir() else set()
+    table = _read_labels(root / "labels.csv", names)
     classes = _classes(root, table)
     training = "train" if (root / "train.txt").is_file() else "all"
     split = split or training
-    ids = list(table) if split == "all" else read_lines(root / f"{split}.txt")
+    ids = list(table) if split == "all" else _read_ids(root / f"{split}.txt", names)
+    place = {name: index for index, name in enumerate(classes)}
     labels = np.zeros((len(ids), len(classes)), np.uint8)
     for index, image_id in enumerate(ids):
         for name in _row(table, image_id, root):
-            if name not in classes:
+            if name not in place:
                 raise UserError(f"labels.csv gives {image_id} the class {name!r}, which is not in "
                                 f"{root / 'classes.txt'}")
-            labels[index, classes.index(name)] = 1
+            labels[index, place[name]] = 1
     truth = Pictures((root / "masks",), len(classes)) if (root / "masks").is_dir() else None
-    return Dataset("folder", root, split, (training,), classes, ids, labels, root / "images",
-                   image_files(root / "images", ids), truth, "no folder masks")
+    return Dataset("folder", root, split, (training,), classes, ids, labels, images, image_files(images, ids), truth,
+                   "no folder masks", displayed=True)
 
 
-def _classes(root: Path, table: dict[str, list[str]]) -> list[str]:
-    names = root / "classes.txt"
-    classes = read_lines(names) if names.is_file() else sorted({name for row in table.values() for name in row})
+def _read_ids(path: Path, names: Collection[str]) -> list[str]:
+    ids = [without_suffix(plain(line), names) for line in read_lines(path, COMMENT)]
+    check_ids(ids, path)
+    return ids
+
+
+def _classes(root: Path, table: Mapping[str, list[str]]) -> list[str]:
+    path = root / "classes.txt"
+    if path.is_file():
+        classes = [plain(name) for name in read_lines(path, COMMENT)]
+    else:
+        path = root / "labels.csv"
+        classes = sorted({name for row in table.values() for name in row})
     if not classes:
         raise UserError(f"{root / 'labels.csv'} names no class; write one image a line: image_id,class[;class...]")
+    check_names(classes, path)
     if len(classes) > 254:
         raise UserError(f"{root} has {len(classes)} classes; masks of 8 bits hold at most 254")
     return classes
 
 
-def _row(table: dict[str, list[str]], image_id: str, root: Path) -> list[str]:
+def _row(table: Mapping[str, list[str]], image_id: str, root: Path) -> list[str]:
     if image_id not in table:
         raise UserError(f"{root / 'labels.csv'} has no line for {image_id}; add one: {image_id},class[;class...]")
     return table[image_id]
 
 
-def _read_labels(path: Path) -> dict[str, list[str]]:
-    rows = list(csv.reader(read_lines(path)))
-    if rows and rows[0][0].strip() == "image_id":
-        rows = rows[1:]
+def _read_labels(path: Path, names: Collection[str]) -> Table:
+    """labels.csv.  names: of the files in images/."""
     table = {}
-    for row in rows:
-        if len(row) != 2:
-            raise UserError(f"{path} has the line {','.join(row)[:60]!r}; expected: image_id,class[;class...]")
-        image_id = row[0].strip()
+    for number, line in enumerate(read_lines(path, COMMENT)):
+        row = _fields(path, line)
+        if number == 0 and row[0] == "image_id":
+            continue
+        image_id = without_suffix(plain(row[0]), names)
         if image_id in table:
             raise UserError(f"{path} has two lines for {image_id}; join them: {image_id},class;class")
-        table[image_id] = [name.strip() for name in row[1].split(";") if name.strip()]
+        table[image_id] = [plain(name.strip()) for name in row[1].split(";") if name.strip()]
+    check_ids(list(table), path)
     return table
 
 
-FOLDER = Layout(open_folder, "data/mine")
+def _fields(path: Path, line: str) -> list[str]:
+    """The two fields of a line.  Each line is read alone, so that an unbalanced quote cannot swallow the next ones."""
+    try:
+        (row,) = csv.reader([line], strict=True)
+    except (csv.Error, ValueError) as error:
+        raise UserError(f"{path} has the line {line[:60]!r} ({error}); write: image_id,class[;class...]") from None
+    if len(row) != 2 or not row[0].strip():
+        raise UserError(f"{path} has the line {line[:60]!r}; expected: image_id,class[;class...]")
+    return [field.strip() for field in row]
+
+
+FOLDER = Layout(open_folder, "data/mine", lambda root: "test" if (root / "test.txt").is_file() else None)

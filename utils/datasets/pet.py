@@ -1,10 +1,13 @@
 """Oxford-IIIT Pet (Parkhi et al., CVPR 2012) in its official layout: 37 breeds, trimaps with a border."""
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from utils.datasets.base import Dataset, Layout, image_files, read_lines, read_truth, translated
+from utils.datasets.base import Dataset, Layout, mask_size, read_truth, translated
+from utils.datasets.lists import check_ids, check_names, image_files, plain, read_lines
 from utils.errors import UserError
 from utils.labels import IGNORE
 from utils.recipes import by_step
@@ -14,6 +17,15 @@ from utils.recipes import by_step
 class Trimaps:
     """Ground truth from trimaps: 1 pet, of the image's breed, 2 background, 3 border, which is ignored."""
     folder: Path
+
+    def missing(self, ids: Sequence[str]) -> list[str]:
+        """The ids without a trimap."""
+        there = set(os.listdir(self.folder))
+        return [image_id for image_id in ids if f"{image_id}.png" not in there]
+
+    def size(self, image_id: str) -> tuple[int, int] | None:
+        """(H, W) of a trimap, or None if there is none that can be read."""
+        return mask_size(self.folder / f"{image_id}.png")
 
     def __call__(self, image_id: str, labels: np.ndarray) -> tuple[Path, np.ndarray]:
         path = self.folder / f"{image_id}.png"
@@ -36,6 +48,8 @@ def open_pet(root: Path, split: str | None, difficult: bool = True) -> Dataset:
     for index, (_, class_id) in enumerate(rows):
         labels[index, order[class_id]] = 1
     ids = [image_id for image_id, _ in rows]
+    check_ids(ids, folder / f"{split}.txt")
+    check_names([names[class_id] for class_id in order], folder)
     truth = Trimaps(folder / "trimaps") if (folder / "trimaps").is_dir() else None
     return Dataset("pet", root, split, ("trainval",), [names[class_id] for class_id in order], ids, labels,
                    root / "images", image_files(root / "images", ids), truth, "no folder annotations/trimaps")
@@ -44,10 +58,12 @@ def open_pet(root: Path, split: str | None, difficult: bool = True) -> Dataset:
 def _rows(path: Path) -> list[tuple[str, int]]:
     rows = []
     for line in read_lines(path):
-        words = line.split()
-        if len(words) < 2 or not words[1].isdigit():
+        words = line.rsplit(maxsplit=3)
+        if len(words) < 4 or not all(word.isdecimal() for word in words[1:]):
+            words = line.split()
+        if len(words) < 2 or not words[1].isdecimal():
             raise UserError(f"{path} has the line {line[:60]!r}; expected: image CLASS-ID SPECIES BREED-ID")
-        rows.append((words[0], int(words[1])))
+        rows.append((plain(words[0]), int(words[1])))
     return rows
 
 

@@ -18,9 +18,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from utils.datasets.base import Dataset, Layout, Pictures, check_tree, class_indices, image_files, read_lines
+from utils.datasets.base import Dataset, Layout, Pictures, class_indices
+from utils.datasets.lists import check_ids, check_tree, image_files, plain, read_lines
 from utils.errors import UserError
 from utils.files import cached_arrays
+from utils.images import is_image_name
 from utils.log import progress
 from utils.recipes import PUBLISHED, by_step
 
@@ -64,8 +66,22 @@ def _ids(root: Path, split: str, sbd: Path | None) -> list[str]:
     path = root / LISTS / f"{split}.txt"
     if split == "trainaug" and not path.is_file():
         return _built_trainaug(root, sbd)
-    # Some copies of trainaug.txt have lines of two paths: "/JPEGImages/2007_000032.jpg /SegmentationClassAug/...png".
-    return [Path(line.split()[0]).stem for line in read_lines(path)]
+    ids = [_id_of(line) for line in read_lines(path, "# ")]
+    check_ids(ids, path)
+    return ids
+
+
+def _id_of(line: str) -> str:
+    """The image id in a line of a list.
+
+    Some copies have lines of two paths, "/JPEGImages/2007_000032.jpg /SegmentationClassAug/...png", or of an id and
+    whether a class is there (1, 0, -1).
+    """
+    words = line.replace("\\", "/").split()
+    if len(words) == 2 and ("/" in words[1] or words[1] in ("1", "0", "-1")):
+        line = words[0]
+    name = plain(line.replace("\\", "/").rsplit("/", 1)[-1])
+    return os.path.splitext(name)[0] if is_image_name(name) else name
 
 
 def _built_trainaug(root: Path, sbd: Path | None) -> list[str]:
@@ -95,6 +111,10 @@ class VocMasks:
             return path
         path = self.sbd / "cls" / f"{image_id}.mat"
         return path if path.is_file() else None
+
+    def size(self, image_id: str) -> tuple[int, int] | None:
+        """(H, W) of a mask that is a picture, from its header; None of others."""
+        return self.pictures.size(image_id)
 
     def __call__(self, image_id: str, labels: np.ndarray | None) -> tuple[Path, np.ndarray]:
         path = self.find(image_id)
@@ -144,18 +164,24 @@ def _labels(root: Path, ids: Sequence[str], truth: VocMasks, difficult: bool) ->
 
 
 def _xml_classes(path: Path, difficult: bool) -> list[int]:
-    """Indices of the classes that one annotation names."""
+    """Indices of the classes that one annotation names.  Namespaces and the case of tags do not count."""
     try:
-        objects = ElementTree.parse(path).getroot().findall("object")
-    except (ElementTree.ParseError, OSError) as error:
+        root = ElementTree.parse(path).getroot()
+    except (ElementTree.ParseError, OSError, ValueError, LookupError, RecursionError) as error:
         raise UserError(f"cannot read {path} ({error}); replace the file") from None
-    names = {(item.findtext("name") or "").strip() for item in objects
-             if difficult or (item.findtext("difficult") or "0").strip() != "1"}
+    if _tag(root) != "annotation":
+        raise UserError(f"{path} is no annotation of VOC: its root is <{root.tag}>, not <annotation>; replace the file")
+    objects = [{_tag(part): (part.text or "").strip() for part in item} for item in root if _tag(item) == "object"]
+    names = {item.get("name", "") for item in objects if difficult or item.get("difficult", "0") != "1"}
     unknown = sorted(names - set(CLASSES))
     if unknown:
         raise UserError(f"{path} names the class {unknown[0]!r}, which VOC does not have; correct the file, or lay "
                         "your own classes out for --dataset folder")
     return [CLASSES.index(name) for name in names]
+
+
+def _tag(element: ElementTree.Element) -> str:
+    return str(element.tag).rsplit("}", 1)[-1].lower()
 
 
 def _mask_labels(root: Path, ids: Sequence[str], truth: VocMasks) -> np.ndarray:

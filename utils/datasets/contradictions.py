@@ -1,0 +1,83 @@
+"""Whether ground truth and image labels can be of the same images: a look at a sample, before any work."""
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from utils import distributed
+from utils.datasets.base import Dataset
+from utils.errors import UserError
+from utils.labels import IGNORE
+
+SAMPLE = 64    # images looked at
+REFUSED = 0.5  # share of images whose mask shows a class that their labels lack, from which on nothing fits
+DOUBTFUL = 0.05  # share of images that contradict their labels, from which on a warning is due
+
+
+@dataclass
+class Findings:
+    """What masks show beside image labels.  seen: masks read.  scored: those with a pixel that is not ignored.  shown:
+    those with an object.  labelled: images with a label.  unnamed: {image id: classes that only the mask shows}.
+    unshown: {image id: classes that only the labels name}."""
+    seen: int
+    scored: int
+    shown: int
+    labelled: int
+    unnamed: dict[str, list[str]]
+    unshown: dict[str, list[str]]
+
+
+def check_against_labels(dataset: Dataset) -> None:
+    """UserError if the ground truth of a split cannot belong to its labels; a warning, with counts, if it may not.
+
+    Nothing is said of a split without ground truth, or of masks that cannot be read: whoever reads them will.
+    """
+    if dataset.truth is None:
+        return
+    found = findings(dataset, np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).astype(int)))
+    if found.seen and not found.scored:
+        raise UserError(f"{dataset.root}: every pixel of the {found.seen} masks looked at is 255, which is ignored; "
+                        "draw class k as k, counted from 1, and background as 0")
+    if found.labelled and found.seen and not found.shown:
+        raise UserError(f"{dataset.root}: none of the {found.seen} masks looked at shows an object, though "
+                        f"{found.labelled} of their images have labels; draw class k as k, counted from 1 (255 is "
+                        "ignored)")
+    if len(found.unnamed) > REFUSED * found.seen:
+        raise UserError(f"{dataset.root}: {_told(found.unnamed, found.seen, 'mask shows', 'labels lack')}; are masks "
+                        "drawn as class k = k, counted from 1, in the order of the classes "
+                        f"({', '.join(dataset.classes[:4])}{', ...' if len(dataset.classes) > 4 else ''})?")
+    for images, one, other in ((found.unnamed, "mask shows", "labels lack"), (found.unshown, "labels name",
+                                                                              "mask lacks")):
+        if len(images) > DOUBTFUL * found.seen and distributed.is_main():
+            print(f"WARNING: {dataset.root}: {_told(images, found.seen, one, other)}; for all of them: python -m "
+                  f"utils.datasets {dataset.root} --dataset {dataset.name} --split {dataset.split}", file=sys.stderr)
+
+
+def findings(dataset: Dataset, positions: Iterable[int]) -> Findings:
+    """Compare masks with labels at some positions of a split."""
+    found = Findings(0, 0, 0, 0, {}, {})
+    for index in map(int, positions):
+        try:
+            mask = dataset.mask(index)
+        except UserError:
+            continue
+        values = np.flatnonzero(np.bincount(mask.ravel(), minlength=IGNORE + 1))
+        shown, labels = {int(value) - 1 for value in values if 0 < value < IGNORE}, dataset.label(index)
+        found.seen += 1
+        found.scored += any(value != IGNORE for value in values)
+        found.shown += bool(shown)
+        if labels is None:
+            continue
+        named = set(np.flatnonzero(labels).tolist())
+        found.labelled += bool(named)
+        for images, classes in ((found.unnamed, shown - named), (found.unshown, named - shown)):
+            if classes:
+                images[dataset.ids[index]] = [dataset.classes[k] for k in sorted(classes)]
+    return found
+
+
+def _told(images: dict[str, list[str]], seen: int, one: str, other: str) -> str:
+    image_id, classes = next(iter(images.items()))
+    return (f"in {len(images)} of {seen} images the {one} classes that the {other}, such as "
+            f"{', '.join(classes[:3])} in {image_id}")
