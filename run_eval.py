@@ -27,11 +27,11 @@ def main(argv: list[str] | None = None) -> int:
     from src import start
     from src.affinity_maps import show_affinity, shown_images
     from src.inference import SplitScores
-    from src.masks import MaskConfig
+    from src.masks import MaskConfig, check_complete
     from src.pipeline import Pipeline
     from src.records import check_classes, open_checkpoint, with_classes
     from utils.config import MapConfig, WalkConfig
-    from utils.store import check_data, mask_record
+    from utils.store import check_data, made_of, mask_record
     payload, manifest, crf = None, None, None
     if args.mask_dir:
         manifest = mask_record(args.mask_dir)
@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     if manifest:
         check_classes(dataset, manifest.get("classes", dataset.classes), args.mask_dir)
         check_data(dataset, manifest, args.mask_dir)
+    if args.mask_dir:
+        check_complete(args.mask_dir, made_of(dataset, args.mask_dir).ids)
     if payload:
         payload = with_classes(payload, dataset, args.model_path)
     args.labels = start.settled_labels(args.labels, dataset)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from src.inference import SplitScores
-from src.masks import MaskConfig, decide, full_size
+from src.masks import MaskConfig, decide, full_size, mask_path
 from src.scoring import BOX, Stage, Tally, score_split
 from utils import distributed
 from utils.datasets.base import Dataset
@@ -107,7 +107,7 @@ def _panel_row(dataset: Dataset, index: int, stages: Sequence[Stage], how: MaskC
     pictures = [image]
     for stage in stages:
         if stage.kind == "mask":
-            pictures.append(overlay_mask(image, read_mask(stage.folder / f"{image_id}.png")))
+            pictures.append(overlay_mask(image, read_mask(mask_path(stage.folder, image_id))))
             continue
         keys, probabilities = stage.probabilities(image_id)
         if stage.crf:

@@ -8,6 +8,7 @@ import numpy as np
 
 from utils.crf import CRF, dense_crf
 from utils.datasets.base import Dataset, check_size
+from utils.datasets.lists import apart, plain
 from utils.errors import UserError
 from utils.files import load_cam, load_scores
 from utils.grids import Size, capped_size, resize_image, resize_labels, resize_maps
@@ -108,8 +109,22 @@ def write_mask(item: tuple[str, Dataset], score_dir: Path, folder: Path, how: Ma
 
 def missing(mask_dir: str | Path, image_ids: Sequence[str]) -> list[str]:
     """The ids of which a folder has no mask."""
-    there = set(os.listdir(mask_dir)) if Path(mask_dir).is_dir() else set()
+    there = {plain(name) for name in os.listdir(mask_dir)} if Path(mask_dir).is_dir() else set()
     return [image_id for image_id in image_ids if f"{image_id}.png" not in there]
+
+
+def check_complete(mask_dir: str | Path, image_ids: Sequence[str]) -> None:
+    """UserError, before any work, unless a folder has the mask of every image."""
+    lacking = missing(mask_dir, image_ids)
+    if lacking:
+        raise UserError(f"no mask {Path(mask_dir) / lacking[0]}.png (and {len(lacking) - 1} more); run: "
+                        "python run_inference.py, or name a folder that has them all")
+
+
+def mask_path(mask_dir: Path, image_id: str) -> Path:
+    """The mask of an image in a folder, in either of Unicode's spellings."""
+    path = mask_dir / f"{image_id}.png"
+    return path if path.is_file() else mask_dir / f"{apart(image_id)}.png"
 
 
 def read_checked(path: Path, size: Size, classes: int, ignore: bool = False) -> np.ndarray:

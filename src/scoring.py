@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.masks import MaskConfig, full_size, read_checked, refine
+from src.masks import MaskConfig, full_size, mask_path, read_checked, refine
 from utils import distributed
 from utils.datasets.base import Dataset
 from utils.files import load_cam, load_scores
@@ -99,7 +99,7 @@ def _score_image(item: tuple[str, Dataset], stages: Sequence[Stage], how: MaskCo
     counted = {BOX: (confusion(_labelled_box(truth.shape, one.label(0)), truth, classes), None)}
     for stage in stages:
         if stage.kind == "mask":
-            mask = read_checked(stage.folder / f"{image_id}.png", truth.shape, len(one.classes))
+            mask = read_checked(mask_path(stage.folder, image_id), truth.shape, len(one.classes))
             counted[stage.name] = (confusion(mask, truth, classes), None)
         else:
             counted[stage.name] = _count_maps(stage, image_id, one, truth, how)

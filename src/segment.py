@@ -12,7 +12,7 @@ from models.deeplab import labelled_pixels, segmentation_loss
 from models.weights import build_network, pack
 from src.eval import Stage, evaluate
 from src.inference import known_keys, make_masks, mask_folder
-from src.masks import MaskConfig, missing, read_checked
+from src.masks import MaskConfig, check_complete, mask_path, read_checked
 from src.pipeline import DeepLabPipeline
 from src.records import record_hash
 from src.split_map import map_split, through_network
@@ -44,10 +44,7 @@ def mask_reader(dataset: Dataset, mask_dir: str) -> Callable[[Dataset, int], np.
     if mask_dir == "gt":
         dataset.check_truth()
         return read_truth
-    lacking = missing(mask_dir, dataset.ids)
-    if lacking:
-        raise UserError(f"no mask {Path(mask_dir) / lacking[0]}.png (and {len(lacking) - 1} more); run: "
-                        "python run_inference.py")
+    check_complete(mask_dir, dataset.ids)
     read = partial(read_pseudo_mask, folder=Path(mask_dir))
     sample = np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).astype(int)).tolist()
     if not any((read(dataset, index) % IGNORE).any() for index in sample):
@@ -63,7 +60,7 @@ def read_truth(dataset: Dataset, index: int) -> np.ndarray:
 
 def read_pseudo_mask(dataset: Dataset, index: int, folder: Path) -> np.ndarray:
     """The pseudo-mask of an image, uint8 (H, W)."""
-    return read_checked(folder / f"{dataset.ids[index]}.png", dataset.size(index), len(dataset.classes), ignore=True)
+    return read_checked(mask_path(folder, dataset.ids[index]), dataset.size(index), len(dataset.classes), ignore=True)
 
 
 @dataclass(frozen=True)

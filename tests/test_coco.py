@@ -212,7 +212,6 @@ ROW_FAULTS = {
     "a shape of another size": ({"segmentation": runs(np.ones((3, 4), np.uint8))}, ("annotation 5 of COCO_train2014_0",
                                                                                   "[3, 4]", "[51, 74]")),
     "a shape of text": ({"segmentation": "square"}, ("cannot render annotation 5",)),
-    "no polygon": ({"segmentation": []}, ("cannot render annotation 5",)),
 }
 
 

@@ -47,10 +47,8 @@ def write_lists(root, lists, comment="#Image CLASS-ID SPECIES BREED ID\n"):
         (root / "annotations" / f"{name}.txt").write_text(comment + lines)
 
 
-@pytest.fixture
-def pet(tmp_path):
-    """A Pet tree of four images and three classes, whose ids 1, 2, 6 leave a gap."""
-    root = tmp_path / "pet"
+def make_pet(root):
+    """A Pet tree of four images and three classes, whose ids 1, 2, 6 leave a gap.  Returns its root."""
     write_lists(root, {**LISTS, "list": LISTS["trainval"] + LISTS["test"]})
     for rows in LISTS.values():
         for image_id, _ in rows:
@@ -59,15 +57,23 @@ def pet(tmp_path):
     return root
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A plain folder: three images, one with two labels and one with none, and masks."""
-    root = tmp_path / "own"
+def make_folder(root):
+    """A plain folder: three images, one with two labels and one with none, and masks.  Returns its root."""
     for image_id in "abc":
         save_picture(root / "images" / f"{image_id}.png", size=(H, 4))
         save_grey(root / "masks" / f"{image_id}.png", [[0, 1, 2, 255]] * H)
     (root / "labels.csv").write_text("image_id,classes\na,tree;sky\nb,\nc,sky\n")
     return root
+
+
+@pytest.fixture
+def pet(tmp_path):
+    return make_pet(tmp_path / "pet")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "own")
 
 
 def refusal(*arguments, **keywords):

@@ -64,6 +64,7 @@ class Tiny(Network):
 
 class Noise:
     """A dataset of noise in memory."""
+    root, classes = "noise", ["x", "y"]
 
     def __init__(self):
         rng = np.random.default_rng(0)
@@ -548,6 +549,20 @@ def test_resuming_with_more_images_is_refused(tmp_path, whole):
     task = tiny_task()
     task.samples = range(COUNT + BATCH)
     with pytest.raises(UserError, match="made with 3 steps an epoch, and now there are 4: other images"):
+        run(tmp_path, task, resume=True)
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(classes=["x", "z"]), "was made with the classes x, y, ..., and noise has x, z"),
+    (dict(ids=[f"other_{index}" for index in range(COUNT)]), "was made from other images or labels"),
+    (dict(labels=np.ones((COUNT, 2), np.uint8)), "was made from other images or labels"),
+])
+def test_other_data_of_as_many_images_is_refused_on_resume(tmp_path, whole, change, said):
+    save_checkpoint(tmp_path / "checkpoint.pth.tar", load_checkpoint(whole[0] / "checkpoint.pth.tar"))
+    task = tiny_task()
+    for name, value in change.items():
+        setattr(task.samples.dataset, name, value)
+    with pytest.raises(UserError, match=f"--resume: .*{said}.*leave --resume out to start anew"):
         run(tmp_path, task, resume=True)
 
 

@@ -20,7 +20,8 @@ CAM_LEVELS = 1024
 UMASK_LOCK = threading.Lock()
 # What numpy and zipfile raise on a damaged file, or on one of another kind under the name.
 DAMAGED = (KeyError, ValueError, TypeError, AttributeError, OSError, EOFError, RuntimeError, struct.error, zlib.error,
-           zipfile.BadZipFile)
+           MemoryError, zipfile.BadZipFile)
+LARGEST = 1 << 30  # bytes that the arrays of an image may unpack to
 
 
 @contextlib.contextmanager
@@ -162,6 +163,8 @@ def load_arrays(folder: str | Path, image_id: str, *names: str, remedy: str) -> 
     path = Path(folder) / f"{image_id}.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
+            if sum(part.file_size for part in file.zip.infolist()) > LARGEST:
+                raise ValueError("it unpacks to more than a gigabyte")
             return tuple(file[name] for name in names)
     except FileNotFoundError:
         raise UserError(f"no {names[1]} for {image_id} in {folder}; {remedy}") from None

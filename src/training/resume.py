@@ -55,6 +55,11 @@ def data_hash(dataset: Dataset) -> str:
 def restore(run: Run, path: Path) -> int:
     """Take up the state of a checkpoint; UserError if it was made with other options.  Returns the log's size then."""
     payload = resumed(path, run.task.step, run.options)
+    steps = payload.get("steps_per_epoch", run.steps_per_epoch)
+    if steps != run.steps_per_epoch:
+        raise UserError(f"--resume: {path} was made with {steps} steps an epoch, and now there are "
+                        f"{run.steps_per_epoch}: other images, or another number of processes; pass the same ones, or "
+                        "leave --resume out to start anew")
     dataset = run.task.samples.dataset
     if list(payload.get("classes") or dataset.classes) != list(dataset.classes):
         raise UserError(f"--resume: {path} was made with the classes {', '.join(payload['classes'][:4])}, ..., and "
@@ -63,11 +68,6 @@ def restore(run: Run, path: Path) -> int:
     if payload.get("data", data_hash(dataset)) != data_hash(dataset):
         raise UserError(f"--resume: {path} was made from other images or labels than those in {dataset.root}; pass the "
                         "same ones, or leave --resume out to start anew")
-    steps = payload.get("steps_per_epoch", run.steps_per_epoch)
-    if steps != run.steps_per_epoch:
-        raise UserError(f"--resume: {path} was made with {steps} steps an epoch, and now there are "
-                        f"{run.steps_per_epoch}: other images, or another number of processes; pass the same ones, or "
-                        "leave --resume out to start anew")
     name = next(iter(payload["networks"]))
     run.network.load_state_dict(payload["networks"][name]["state"])
     run.optimiser.load_state_dict(payload["optimizer"])

@@ -2,8 +2,8 @@
 
     python -m utils.datasets DATA_ROOT --dataset folder
 
-Reads all images' headers and all masks of a split; writes <output_dir>/<dataset>_<split>.png, and exits with status 1 if
-something must be mended.
+Reads all images' headers and all masks of a split; writes <output_dir>/<dataset>_<split>.png, and exits with status 1
+if something must be mended.
 """
 import argparse
 import sys

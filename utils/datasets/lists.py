@@ -14,7 +14,7 @@ def read_lines(path: Path, comment: str = "#") -> list[str]:
     UserError if it is missing, no file, or not UTF-8 (a byte-order mark is left out).
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         listed = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) if path.parent.is_dir() else ""
         raise UserError(f"no file {path}" + (f"; there is: {listed}" if listed else "; create it")) from None
@@ -22,6 +22,9 @@ def read_lines(path: Path, comment: str = "#") -> list[str]:
         raise UserError(f"{path} is not a text file in UTF-8; replace it") from None
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); name a text file") from None
+    if "\0" in text:
+        raise UserError(f"{path} holds NUL bytes, so that it is no text file in UTF-8; replace it")
+    lines = [line.strip() for line in text.splitlines()]
     return [line for line in lines if line and not line.startswith(comment)]
 
 
