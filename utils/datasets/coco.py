@@ -251,12 +251,8 @@ def _encoded(annotation: dict, size: tuple[int, int], stem: str, source: Path) -
     shape, size = annotation["segmentation"], list(size)
     try:
         if isinstance(shape, list):
-            polygons = [polygon for polygon in map(_polygon, shape) if len(polygon) >= 6]
-            if any(not -side <= number <= 2 * side for polygon in polygons for number, side in
-                   zip((polygon[1::2].min(), polygon[1::2].max(), polygon[::2].min(), polygon[::2].max()),
-                       (size[0], size[0], size[1], size[1]))):
-                raise ValueError("a polygon leaves its image by more than the image's size")
-            return rle.merge(rle.frPyObjects([polygon.tolist() for polygon in polygons], *size)) if polygons else None
+            polygons = [polygon for polygon in shape if _shows(polygon, max(size))]
+            return rle.merge(rle.frPyObjects(polygons, *size)) if polygons else None
         if list(shape["size"]) != size:
             raise ValueError(f"it is {shape['size']}, the image {size}")
         counts = shape["counts"]
@@ -269,12 +265,14 @@ def _encoded(annotation: dict, size: tuple[int, int], stem: str, source: Path) -
                         "file again") from None
 
 
-def _polygon(numbers: list) -> np.ndarray:
-    """The coordinates x, y, x, y, ... of a polygon; ValueError unless they are finite numbers, and pairs."""
-    polygon = np.asarray(numbers, dtype=np.float64)
-    if polygon.ndim != 1 or len(polygon) % 2 or not np.isfinite(polygon).all():
-        raise ValueError("a polygon is not a list of finite x, y, x, y, ...")
-    return polygon
+def _shows(polygon: list[float], side: int) -> bool:
+    """Whether a polygon x, y, x, y, ... has three points.  ValueError or TypeError if it is none, or far outside its
+    image, of which `side` is the longer side."""
+    if len(polygon) % 2:
+        raise ValueError("a polygon is not a list of x, y, x, y, ...")
+    if not polygon or -side <= min(polygon) and max(polygon) <= 2 * side:  # JSON has no NaN: `_read_json` refuses it
+        return len(polygon) >= 6
+    raise ValueError("a polygon leaves its image by more than the image's size")
 
 
 def _runs(counts: str) -> list[int]:
