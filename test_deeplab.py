@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     dataset = start.open_split(args)
     args.split = dataset.split
+    if dataset.truth is not None:
+        dataset.check_truth()
     payload = with_classes(payload, dataset, args.model_path)
     args.labels = start.settled_labels(args.labels, dataset, default="predicted")
     pipeline = DeepLabPipeline(payload, MapConfig.of(vars(args)), args.merge, machine)

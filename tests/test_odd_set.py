@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from script_runs import MACHINE, SMALL, STAGE2, chain, files, read_json, run
+from script_runs import MACHINE, SMALL, STAGE2, chain, copy, files, finish, read_json, run, start
 from trees import draw, opened
 
 from utils.labels import read_mask, save_mask
@@ -114,6 +114,15 @@ def test_scores_are_those_counted_pixel_by_pixel_on_the_displayed_photos(odd_run
     expected = brute_force_iou(pairs, len(CLASSES))
     for iou, known in zip(record["scores"][last]["fixed"]["iou"], expected):
         assert iou == known or abs(iou - known) < 1e-6, (record["scores"][last]["fixed"]["iou"], expected)
+
+
+def test_a_missing_mask_stops_step_6_before_its_work(odd_run, tmp_path):
+    folder = copy(odd_run.folder, tmp_path / "copy", without=("deeplab_test",))
+    (folder / DATA / "masks" / "test 1.png").unlink()
+    done = finish(start(folder, "test_deeplab.py", "--scales", 1, *MACHINE))
+    said = "1 of the 2 images of split test in data/mine have no ground truth, such as test 1"
+    assert done.returncode == 1 and said in done.stderr.splitlines()[-1], done.stderr
+    assert not (folder / "output/deeplab_test").exists()
 
 
 def test_each_photo_is_read_as_it_is_displayed(odd_run):

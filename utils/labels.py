@@ -56,6 +56,8 @@ def read_mask(path: str | Path) -> np.ndarray:
             mode = image.mode
     except FileNotFoundError:
         raise UserError(f"no mask {path}; run the step that writes it, or name another folder") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{path} has more than 178 megapixels; pass --large_images if it is meant") from None
     except DAMAGED as error:
         raise UserError(f"cannot decode {path} ({error}); replace the file, or delete it and make it again") from None
     raise UserError(f"{path} has mode {mode}, but labels are an 8-bit palette or grey picture of class indices; map "

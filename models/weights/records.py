@@ -16,15 +16,15 @@ Record = dict[str, object]  # the arguments of `build_network`, "state", and per
 Attach = Callable[[nn.Module, dict], None]  # adds to a classifier the seed that record["seed"] describes
 
 
-def build_network(kind: str, backbone: str, width: float = 1.0, output_stride: int = 16, dilated: bool = True,
-                  classes: int = 0, head: str = "seamv1", bias: bool = False, last: str | None = None) -> nn.Module:
+def build_network(kind: str, backbone: str, classes: int = 0, head: str = "seamv1", bias: bool = False,
+                  last: str | None = None, **built: object) -> nn.Module:
     """A network with random weights.
 
     kind: one of KINDS.  classes: foreground classes K (DeepLab adds the background itself).  head: DeepLab's, one of
-    `models.deeplab.HEADS`.  bias: of the classifier's head.  last: the stage that it reads.  The rest: see
-    `models.backbone.build_backbone`.
+    `models.deeplab.HEADS`.  bias: of the classifier's head.  last: the stage that it reads.  built: how the backbone is
+    built, see `models.backbone.build_backbone`.
     """
-    features = build_backbone(backbone, output_stride, width, dilated)
+    features = build_backbone(backbone, **built)
     if kind == "classifier":
         return Classifier(features, classes, bias=bias, last=last)
     if kind == "affinity":
