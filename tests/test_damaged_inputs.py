@@ -114,7 +114,7 @@ def test_damaged_masks(tmp_path, seed):
         found = read_or_refused(partial(read_mask, path))
         if found is not None:
             with Image.open(path) as image:
-                assert image.mode in "PL1" and np.array_equal(found, np.asarray(image))
+                assert image.mode in "PL" and np.array_equal(found, np.asarray(image))
 
 
 # --- arrays ----------------------------------------------------------------------------------------------------------

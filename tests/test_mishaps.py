@@ -198,7 +198,8 @@ def skipped(folder, get):
     commands = [("run_train.py", "--stage", 1, *SMALL, "--crop_size", 65, "--scales", 1, "--cam_dir", "new/cams",
                  "--output_dir", "new/1", *skip),
                 ("run_train.py", "--stage", 2, *SMALL, "--cam_dir", "new/cams", "--output_dir", "new/2", *skip),
-                ("run_inference.py", "--model_path", "new/2/model_best.pth.tar", "--output_dir", "new/3", *skip),
+                ("run_inference.py", "--model_path", "new/2/model_best.pth.tar", "--output_dir", "new/3", *skip,
+                 "--bg_threshold", 0.01),  # so that masks of hardly trained networks show something
                 ("run_inference.py", "--model_path", STAGE2, "--output_dir", "new/3b", *skip, "--workers", 2),
                 ("run_eval.py", "--model_path", "new/2/model_best.pth.tar", "--output_dir", "new/4", *skip),
                 ("run_inference.py", "--images", "photos", "--model_path", STAGE2, "--output_dir", "new/3c", *skip),

@@ -18,6 +18,7 @@ from src.masks import MaskConfig
 from src.segment import mask_reader
 from utils import images as reading
 from utils.datasets import base
+from utils.datasets.__main__ import main as look_over
 from utils.datasets.contradictions import check_against_labels
 from utils.errors import ImageError, UserError
 from utils.images import eight_bits, image_size, read_image, to_rgb
@@ -529,6 +530,21 @@ def test_a_folder_with_a_test_list_is_tested_on_it(folder):
     assert DATASETS["folder"].tested(folder) is None
     (folder / "test.txt").write_text("a\n")
     assert DATASETS["folder"].tested(folder) == "test"
+
+
+# --- 10. a dataset looked over --------------------------------------------------------------------------------------
+
+def test_a_dataset_is_looked_over_and_what_is_wrong_with_it_named(folder, tmp_path, capsys):
+    save_grey(folder / "masks" / "c.png", [[0, 1, 1, 255]] * 6)
+    assert look_over([str(folder), "--output_dir", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert_says(said, "3 images, 2 classes", "sizes: 4x6 to 4x6", "images of each class: sky 2, tree 1",
+                "1 images have none", "3 masks, 3 of them show an object", "DOUBTFUL: b: the mask shows classes")
+    assert image_size(tmp_path / "out" / "folder_all.png")[1] > 300
+    (folder / "images" / "a.png").write_bytes(b"x")  # and so its mask cannot be of its size
+    (folder / "masks" / "b.png").unlink()
+    assert look_over([str(folder), "--output_dir", str(tmp_path / "out")]) == 1
+    assert_says(capsys.readouterr().out, "DAMAGED: cannot decode image", "MISSING OR DAMAGED: 2 masks")
 
 
 # --- 11. hostile files -----------------------------------------------------------------------------------------------

@@ -471,7 +471,7 @@ def training_on_masks_after_a_label_was_corrected(folder):
     return DEEPLAB
 
 
-@refusal("no output/inference/manifest.json", "run: python run_inference.py")
+@refusal("no masks in output/inference", "run: python run_inference.py")
 def masks_never_made(folder):
     shutil.rmtree(folder / "output" / "inference")
     return DEEPLAB

@@ -45,13 +45,13 @@ def save_mask(path: str | Path, mask: np.ndarray) -> None:
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """Read the indices of a palette or grey picture of up to 8 bits.  Returns (H, W) uint8.
+    """Read the indices of an 8-bit palette or grey picture.  Returns (H, W) uint8.
 
     Raises UserError if the file is missing or damaged, or if it holds colours instead of indices.
     """
     try:
         with Image.open(path) as image:
-            if image.mode in ("P", "L", "1"):
+            if image.mode in ("P", "L"):
                 return np.array(image, dtype=np.uint8)
             mode = image.mode
     except FileNotFoundError:

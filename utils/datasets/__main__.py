@@ -83,7 +83,7 @@ def report_truth(dataset: Dataset) -> int:
     if dataset.truth is None:
         print(f"  no ground truth ({dataset.lacking or 'none is needed for training'})")
         return 0
-    found = findings(dataset, progress(range(len(dataset)), "masks"))
+    found = findings(dataset, progress(range(len(dataset)), "masks"), dataset.mask)
     print(f"  ground truth: {found.seen} masks, {found.shown} of them show an object")
     for images, text in ((found.unnamed, "mask shows classes that the labels lack"),
                          (found.unshown, "labels name classes that the mask lacks")):
