@@ -177,6 +177,17 @@ def test_masks_counted_from_0_are_refused(tmp_path):
                 "counted from 1, in the order of the classes (a, b, c)")
 
 
+@pytest.mark.parametrize("count, refused", [(1, False), (2, False), (3, True)])
+def test_of_one_or_two_masks_nothing_is_refused_but_said(tmp_path, capsys, count, refused):
+    dataset = opened("folder", own_set(tmp_path, ["cat"], {f"p{i}": HALF * 255 for i in range(count)}))
+    if refused:
+        with pytest.raises(UserError, match="none of the 3 masks"):
+            check_against_labels(dataset)
+    else:
+        check_against_labels(dataset)
+        assert_says(capsys.readouterr().err, "WARNING", f"none of the {count} masks looked at shows an object")
+
+
 @pytest.mark.parametrize("name", ["background", "Background", "__background__", "void"])
 def test_a_background_among_the_classes_is_refused(tmp_path, name):
     own_set(tmp_path, [name, "cat"], {"p": HALF * 2}, {"p": "cat"})

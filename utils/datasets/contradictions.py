@@ -1,6 +1,6 @@
 """Whether ground truth and image labels can be of the same images: a look at a sample, before any work."""
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from utils.errors import UserError
 from utils.labels import IGNORE
 
 SAMPLE = 64    # images looked at
+FEW = 3        # of fewer masks nothing is refused: one photo may well show a crowd alone
 REFUSED = 0.5  # share of images whose mask shows a class that their labels lack, from which on nothing fits
 DOUBTFUL = 0.05  # share of images that contradict their labels, from which on a warning is due
 
@@ -38,22 +39,33 @@ def check_against_labels(dataset: Dataset) -> None:
     def read(index: int) -> np.ndarray:  # without a look at the image
         return dataset.truth(dataset.ids[index], dataset.label(index))[1]
     found = findings(dataset, np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).astype(int)).tolist(), read)
-    if found.seen and not found.scored:
-        raise UserError(f"{dataset.root}: every pixel of the {found.seen} masks looked at is 255, which is ignored; "
-                        "draw class k as k, counted from 1, and background as 0")
-    if found.labelled and found.seen and not found.shown:
-        raise UserError(f"{dataset.root}: none of the {found.seen} masks looked at shows an object, though "
-                        f"{found.labelled} of their images have labels; draw class k as k, counted from 1 (255 is "
-                        "ignored)")
-    if len(found.unnamed) > REFUSED * found.seen:
-        raise UserError(f"{dataset.root}: {_told(found.unnamed, found.seen, 'mask shows', 'labels lack')}; are masks "
-                        "drawn as class k = k, counted from 1, in the order of the classes "
-                        f"({', '.join(dataset.classes[:4])}{', ...' if len(dataset.classes) > 4 else ''})?")
+    wrong = _what_cannot_be(found, dataset.classes)
+    if wrong and found.seen >= FEW:
+        raise UserError(f"{dataset.root}: {wrong}")
+    if wrong and distributed.is_main():
+        print(f"WARNING: {dataset.root}: {wrong}", file=sys.stderr)
+    if wrong:
+        return
     for images, one, other in ((found.unnamed, "mask shows", "labels lack"), (found.unshown, "labels name",
                                                                               "mask lacks")):
         if len(images) > DOUBTFUL * found.seen and distributed.is_main():
             print(f"WARNING: {dataset.root}: {_told(images, found.seen, one, other)}; for all of them: python -m "
                   f"utils.datasets {dataset.root} --dataset {dataset.name} --split {dataset.split}", file=sys.stderr)
+
+
+def _what_cannot_be(found: Findings, classes: Sequence[str]) -> str:
+    """What shows that masks and labels do not belong together, with the remedy; empty if nothing does."""
+    if found.seen and not found.scored:
+        return (f"every pixel of the {found.seen} masks looked at is 255, which is ignored; draw class k as k, counted "
+                "from 1, and background as 0")
+    if found.labelled and found.seen and not found.shown:
+        return (f"none of the {found.seen} masks looked at shows an object, though {found.labelled} of their images "
+                "have labels; draw class k as k, counted from 1 (255 is ignored)")
+    if len(found.unnamed) > REFUSED * found.seen:
+        return (f"{_told(found.unnamed, found.seen, 'mask shows', 'labels lack')}; are masks drawn as class k = k, "
+                f"counted from 1, in the order of the classes ({', '.join(classes[:4])}"
+                f"{', ...' if len(classes) > 4 else ''})?")
+    return ""
 
 
 def findings(dataset: Dataset, positions: Iterable[int], read: Callable[[int], np.ndarray]) -> Findings:
