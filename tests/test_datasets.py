@@ -243,7 +243,7 @@ def test_ground_truth_and_masks_are_refused_by_the_same_reader(pet, fault):
 
 def test_a_mask_too_large_to_be_true_is_refused(pet, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", H * W // 3)
-    with pytest.raises(UserError, match="cannot decode .*Persian_1.png .*decompression bomb"):
+    with pytest.raises(UserError, match="Persian_1.png has more than 178 megapixels; pass --large_images"):
         read_mask(pet / "annotations" / "trimaps" / "Persian_1.png")
 
 
