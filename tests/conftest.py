@@ -15,7 +15,8 @@ AT_A_TIME = 2  # each run keeps one core busy, half of the time with importing t
 
 
 def pytest_collection_modifyitems(items):
-    """Skip tests marked `gpu` where there is none."""
+    """Skip tests marked `gpu` where there is none; put those that wait for chains last, while the chains are made."""
+    items.sort(key=lambda item: any(name in CHAINS for name in item.fixturenames))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked:
         import torch
@@ -31,14 +32,16 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(autouse=True, scope="session")
 def background(request):
     """Function: name of a chain -> its result.  The chains that the collected tests use are all started at once."""
     named = {name for item in request.session.items for name in item.fixturenames}
+    wanted = {name for name in CHAINS if name in named}
+    wanted |= {"pipeline"} if wanted else set()  # others start from it
     with tempfile.TemporaryDirectory(prefix="wsss-tests-", ignore_cleanup_errors=True) as home:
         pool, futures = ThreadPoolExecutor(AT_A_TIME), {}
         # The pipeline first: others wait for it in their threads, which must not keep it from starting.
-        for name in sorted((name for name in CHAINS if name in named or name == "pipeline"), key="pipeline".__ne__):
+        for name in sorted((name for name in CHAINS if name in wanted), key="pipeline".__ne__):
             folder = Path(home) / name
             folder.mkdir()
             futures[name] = pool.submit(CHAINS[name], folder, lambda other: futures[other].result())

@@ -1,6 +1,7 @@
 """Finished work of the scripts: used again where nothing differs, made again with --overwrite as far as something does,
 and taken up where it was interrupted."""
 import os
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -186,7 +187,13 @@ def cut_short(folder, get):
     photo.rename(home / "aside.jpg")
     os.mkfifo(photo)  # whoever reads it waits, until Ctrl-C
     cams = home / "data/cams"
-    stopped = interrupt_when(start(home, *TRAIN, "--resume"), lambda: (cams / f"{IDS[6]}.npz").is_file())
+
+    def waits_for_the_photo():
+        if not (cams / f"{IDS[6]}.npz").is_file():
+            return False
+        time.sleep(1)  # from the last CAM to the next photo: within a finaliser, Ctrl-C would be lost
+        return True
+    stopped = interrupt_when(start(home, *TRAIN, "--resume"), waits_for_the_photo)
     photo.unlink()
     (home / "aside.jpg").rename(photo)
     seen, manifest = files(home), read_json(cams / "manifest.json")
