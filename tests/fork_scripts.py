@@ -61,7 +61,7 @@ def run(folder, command, environment, outputs):
 def serve(connection):
     """In a process of its own: start what one connection asks for, and report how it ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which whoever started the tests in the background ignores
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by whatever was started in the background
     message, outputs, *_ = socket.recv_fds(connection, 1 << 20, 2)
     while not message.endswith(b"\n"):
         message += connection.recv(1 << 20)
