@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         check_classes(dataset, manifest.get("classes", dataset.classes), args.mask_dir)
         check_data(dataset, manifest, args.mask_dir)
     if args.mask_dir:
-        check_complete(args.mask_dir, made_of(dataset, args.mask_dir).ids)
+        dataset = made_of(dataset, args.mask_dir)
+        check_complete(args.mask_dir, dataset.ids)
     if payload:
         payload = with_classes(payload, dataset, args.model_path)
     args.labels = start.settled_labels(args.labels, dataset)

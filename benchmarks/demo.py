@@ -15,7 +15,6 @@ from benchmarks.measure import ROOT
 DEMO = Path("output/demo")
 TOY = ["--data_root", "data/toy"]
 # On two cores, processes that read images take more from the network than they give: images this small take 3 ms.
-# On two cores, processes that read images take more from the network than they give: images this small take 3 ms.
 SMALL = ["--backbone", "efficientnet_lite0", "--crop_size", "112", "--max_size", "160", "--workers", "0"]
 # Small images on a small grid: a short walk, and few and large steps of training.
 WALK = ["--model_path", f"{DEMO}/stage2/model_best.pth.tar", "--bg_alpha", "8", "--walk_steps", "16",

@@ -93,7 +93,7 @@ def save_panels(dataset: Dataset, stages: Sequence[Stage], tallies: Mapping[str,
                 count: int = 6) -> None:
     """Panels of a fixed sample of images and of the worst ones by the last stage: image | stages | ground truth."""
     last = tallies[stages[-1].name].images
-    fixed = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)).tolist()
+    fixed = dataset.spread(count)
     worst = sorted(range(len(dataset)), key=lambda i: np.nan_to_num(last[dataset.ids[i]], nan=2.0))[:count]
     titles = ["image", *(stage.name for stage in stages), "ground truth"]
     for name, chosen in (("panel.png", fixed), ("panel_worst.png", worst)):

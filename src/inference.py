@@ -185,10 +185,11 @@ def list_images(path: Path) -> list[Path]:
     if path.is_dir():
         own = {*_ledger(path), LEDGER}
         files = sorted(file for file in path.iterdir() if file.name not in own and not file.name.startswith("."))
-        found = [file for file in files if is_image_name(file.name) and file.is_file()]
+        is_image = [is_image_name(file.name) and file.is_file() for file in files]
+        found = [file for file, is_one in zip(files, is_image) if is_one]
         if not found:
             raise UserError(f"{path} holds no image ({', '.join(SUFFIXES[:6])}, ...); pass another --images")
-        others = [file.name + "/" * file.is_dir() for file in files if file not in found]
+        others = [file.name + "/" * file.is_dir() for file, is_one in zip(files, is_image) if not is_one]
         if others and distributed.is_main():
             print(f"Left out in {path}, as they are no image files: {', '.join(others[:5])}"
                   + (f" and {len(others) - 5} more" if len(others) > 5 else ""), file=sys.stderr)

@@ -1,5 +1,4 @@
 """From score maps to masks, one image at a time: CRF, threshold, affinity labels.  No torch: workers import this."""
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ import numpy as np
 
 from utils.crf import CRF, dense_crf
 from utils.datasets.base import Dataset, check_size
-from utils.datasets.lists import apart, plain
+from utils.datasets.lists import mask_file, without_mask
 from utils.errors import UserError
 from utils.files import load_cam, load_scores
 from utils.grids import Size, capped_size, resize_image, resize_labels, resize_maps
@@ -109,8 +108,7 @@ def write_mask(item: tuple[str, Dataset], score_dir: Path, folder: Path, how: Ma
 
 def missing(mask_dir: str | Path, image_ids: Sequence[str]) -> list[str]:
     """The ids of which a folder has no mask."""
-    there = {plain(name) for name in os.listdir(mask_dir)} if Path(mask_dir).is_dir() else set()
-    return [image_id for image_id in image_ids if f"{image_id}.png" not in there]
+    return without_mask([Path(mask_dir)], image_ids)
 
 
 def check_complete(mask_dir: str | Path, image_ids: Sequence[str]) -> None:
@@ -123,8 +121,7 @@ def check_complete(mask_dir: str | Path, image_ids: Sequence[str]) -> None:
 
 def mask_path(mask_dir: Path, image_id: str) -> Path:
     """The mask of an image in a folder, in either of Unicode's spellings."""
-    path = mask_dir / f"{image_id}.png"
-    return path if path.is_file() else mask_dir / f"{apart(image_id)}.png"
+    return mask_file([mask_dir], image_id) or mask_dir / f"{image_id}.png"
 
 
 def read_checked(path: Path, size: Size, classes: int, ignore: bool = False) -> np.ndarray:

@@ -46,7 +46,7 @@ def mask_reader(dataset: Dataset, mask_dir: str) -> Callable[[Dataset, int], np.
         return read_truth
     check_complete(mask_dir, dataset.ids)
     read = partial(read_pseudo_mask, folder=Path(mask_dir))
-    sample = np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).astype(int)).tolist()
+    sample = dataset.spread(SAMPLE)
     if not any((read(dataset, index) % IGNORE).any() for index in sample):
         raise UserError(f"none of the {len(sample)} masks looked at in {mask_dir} shows an object: DeepLab would learn "
                         "that all is background; look at the maps they were made from, or name another --mask_dir")

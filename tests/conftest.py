@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from script_runs import CHAINS, DATA, MACHINE, SMALL, STAGE2, chain, start_cold
 from script_runs import run as run_script
+from trees import make_coco, make_folder, make_pet
 
 from data.make_toy import make_toy
 
@@ -47,6 +48,26 @@ def background(request):
             futures[name] = pool.submit(CHAINS[name], folder, lambda other: futures[other].result())
         yield lambda name: futures[name].result()
         pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def pet(tmp_path):
+    """The root of a tree of Pet."""
+    return make_pet(tmp_path / "pet")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The root of a plain folder."""
+    return make_folder(tmp_path / "own")
+
+
+@pytest.fixture
+def coco(tmp_path, monkeypatch):
+    """The root of a tree of COCO; the working directory is elsewhere."""
+    monkeypatch.chdir(tmp_path)  # for output/cache
+    make_coco(tmp_path / "coco")
+    return tmp_path / "coco"
 
 
 @chain

@@ -9,20 +9,13 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from test_datasets import assert_says, refusal
-from trees import CATEGORIES, coco_annotation, coco_stem, make_coco, opened, polygon, runs
+from trees import CATEGORIES, coco_annotation, coco_stem, opened, polygon, runs
 
 from data.prepare_coco import main as prepare
 from utils.datasets import coco as layout
 from utils.errors import UserError
 from utils.files import read_json
 from utils.labels import read_mask
-
-
-@pytest.fixture
-def coco(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # for output/cache
-    make_coco(tmp_path / "coco")
-    return tmp_path / "coco"
 
 
 def source(root, split="train2014"):

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from trees import opened
+from trees import LISTS, TRIMAP, H, W, opened, save_grey, save_picture, write_lists
 
 from utils import distributed
 from utils.config import DataConfig
@@ -18,62 +18,11 @@ from utils.images import image_size, read_image
 from utils.labels import read_mask
 from utils.recipes import by_step
 
-H, W = 6, 8
-TRIMAP = np.array([[1, 1, 2, 2, 3, 3, 1, 2]] * H, np.uint8)
-LISTS = {"trainval": [("Persian_1", 6), ("beagle_1", 2), ("Persian_2", 6)], "test": [("Abyssinian_1", 1)]}
-
-
-def save_picture(path, size=(H, W), seed=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
-def save_grey(path, values):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(values, np.uint8)).save(path)
-
 
 def palette_picture(indices, palette):
     picture = Image.frombytes("P", indices.shape[::-1], indices.tobytes())
     picture.putpalette(palette)
     return picture
-
-
-def write_lists(root, lists, comment="#Image CLASS-ID SPECIES BREED ID\n"):
-    (root / "annotations").mkdir(parents=True, exist_ok=True)
-    for name, rows in lists.items():
-        lines = "".join(f"{image_id} {class_id} 1 1\n" for image_id, class_id in rows)
-        (root / "annotations" / f"{name}.txt").write_text(comment + lines)
-
-
-def make_pet(root):
-    """A Pet tree of four images and three classes, whose ids 1, 2, 6 leave a gap.  Returns its root."""
-    write_lists(root, {**LISTS, "list": LISTS["trainval"] + LISTS["test"]})
-    for rows in LISTS.values():
-        for image_id, _ in rows:
-            save_picture(root / "images" / f"{image_id}.jpg")
-            save_grey(root / "annotations" / "trimaps" / f"{image_id}.png", TRIMAP)
-    return root
-
-
-def make_folder(root):
-    """A plain folder: three images, one with two labels and one with none, and masks.  Returns its root."""
-    for image_id in "abc":
-        save_picture(root / "images" / f"{image_id}.png", size=(H, 4))
-        save_grey(root / "masks" / f"{image_id}.png", [[0, 1, 2, 255]] * H)
-    (root / "labels.csv").write_text("image_id,classes\na,tree;sky\nb,\nc,sky\n")
-    return root
-
-
-@pytest.fixture
-def pet(tmp_path):
-    return make_pet(tmp_path / "pet")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return make_folder(tmp_path / "own")
 
 
 def refusal(*arguments, **keywords):

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image, ImageOps
 from script_runs import ROOT
 from test_coco import change, mask_of, source
-from test_datasets import assert_says, make_folder, make_pet, refusal, save_grey, save_picture
-from trees import coco_annotation, coco_stem, make_coco, make_voc, opened
+from test_datasets import assert_says, refusal
+from trees import coco_annotation, coco_stem, make_voc, opened, save_grey, save_picture
 
 from src import inference
 from src.masks import MaskConfig
@@ -26,23 +26,6 @@ from utils.labels import read_mask
 from utils.visualize import plot_bars
 
 H, W = 6, 9
-
-
-@pytest.fixture
-def pet(tmp_path):
-    return make_pet(tmp_path / "pet")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return make_folder(tmp_path / "own")
-
-
-@pytest.fixture
-def coco(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # for output/cache
-    make_coco(tmp_path / "coco")
-    return tmp_path / "coco"
 
 
 def turned_photo(path, orientation, size=(H, W), seed=0):

@@ -5,8 +5,8 @@ import shutil
 import numpy as np
 import pytest
 from scipy.io import savemat
-from test_datasets import assert_says, refusal, save_grey
-from trees import CLASSES, VOC_SHOWN, annotation, make_voc, opened, write
+from test_datasets import assert_says, refusal
+from trees import CLASSES, VOC_SHOWN, annotation, make_voc, opened, save_grey, write
 
 from utils.errors import UserError
 

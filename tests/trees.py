@@ -1,4 +1,5 @@
-"""Small datasets true to the layouts of PASCAL VOC 2012 and MS COCO 2014: two coloured shapes a picture."""
+"""Small datasets true to the layouts of PASCAL VOC 2012 and MS COCO 2014, two coloured shapes a picture; and, of noise,
+to those of Pet and of the plain folder."""
 import json
 
 import numpy as np
@@ -13,6 +14,9 @@ HEIGHT, WIDTH = 50, 74
 VOC_SHOWN = ("aeroplane", "dog", "tvmonitor")  # the first, one in the middle and the last of VOC's 20 classes
 VOC_LISTS = {"train": 8, "val": 3, "test": 2, "extra": 2}  # images a list; "extra" is in trainaug alone
 CATEGORIES = {1: "person", 17: "cat", 18: "dog", 90: "toothbrush"}  # as COCO's ids, with gaps
+H, W = 6, 8  # of a picture in Pet's tree
+TRIMAP = np.array([[1, 1, 2, 2, 3, 3, 1, 2]] * H, np.uint8)
+LISTS = {"trainval": [("Persian_1", 6), ("beagle_1", 2), ("Persian_2", 6)], "test": [("Abyssinian_1", 1)]}
 COLOURS = np.array([(220, 60, 40), (60, 200, 70), (70, 90, 230), (220, 210, 60)])
 
 
@@ -130,3 +134,40 @@ def make_coco(root, train=9, val=4):
         write(root / "annotations" / f"instances_{split}.json", json.dumps(content))
         ids[split] = [coco_stem(split, number) for number in range(1, count + 1)]
     return ids
+
+
+def save_picture(path, size=(H, W), seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def save_grey(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(values, np.uint8)).save(path)
+
+
+def write_lists(root, lists, comment="#Image CLASS-ID SPECIES BREED ID\n"):
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    for name, rows in lists.items():
+        lines = "".join(f"{image_id} {class_id} 1 1\n" for image_id, class_id in rows)
+        (root / "annotations" / f"{name}.txt").write_text(comment + lines)
+
+
+def make_pet(root):
+    """A Pet tree of four images and three classes, whose ids 1, 2, 6 leave a gap.  Returns its root."""
+    write_lists(root, {**LISTS, "list": LISTS["trainval"] + LISTS["test"]})
+    for rows in LISTS.values():
+        for image_id, _ in rows:
+            save_picture(root / "images" / f"{image_id}.jpg")
+            save_grey(root / "annotations" / "trimaps" / f"{image_id}.png", TRIMAP)
+    return root
+
+
+def make_folder(root):
+    """A plain folder: three images, one with two labels and one with none, and masks.  Returns its root."""
+    for image_id in "abc":
+        save_picture(root / "images" / f"{image_id}.png", size=(H, 4))
+        save_grey(root / "masks" / f"{image_id}.png", [[0, 1, 2, 255]] * H)
+    (root / "labels.csv").write_text("image_id,classes\na,tree;sky\nb,\nc,sky\n")
+    return root

@@ -65,7 +65,7 @@ def restore(run: Run, path: Path) -> int:
         raise UserError(f"--resume: {path} was made with the classes {', '.join(payload['classes'][:4])}, ..., and "
                         f"{dataset.root} has {', '.join(dataset.classes[:4])}, ...; pass the same data, or leave "
                         "--resume out to start anew")
-    if payload.get("data", data_hash(dataset)) != data_hash(dataset):
+    if payload.get("data") not in (None, data_hash(dataset)):
         raise UserError(f"--resume: {path} was made from other images or labels than those in {dataset.root}; pass the "
                         "same ones, or leave --resume out to start anew")
     name = next(iter(payload["networks"]))

@@ -6,7 +6,7 @@ Reads all images' headers and all masks of a split; writes <output_dir>/<dataset
 if something must be mended.
 """
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +16,17 @@ from utils.config import DataConfig
 from utils.datasets import DATASETS, open_dataset
 from utils.datasets.base import Dataset
 from utils.datasets.contradictions import check_against_labels, findings
-from utils.errors import ImageError, UserError
+from utils.errors import UserError
 from utils.log import progress
 from utils.runtime import run_main
 from utils.visualize import overlay_mask, panel, save_picture
 
-SHOWN, COLUMNS = 12, 4
+SHOWN, COLUMNS = 12, 4  # images in the picture
+LISTED = 5  # lines of one kind of finding
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Report on the dataset that the flags name; returns 1 if an image or a mask cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m utils.datasets", description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("data_root", help="folder of the dataset")
@@ -35,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     dataset = open_dataset(DataConfig(args.dataset, args.data_root, args.split))
     print(f"{args.data_root}: --dataset {dataset.name}, split {dataset.split}, {len(dataset)} images, "
           f"{len(dataset.classes)} classes")
-    wrong = report_images(dataset) + report_labels(dataset) + report_truth(dataset)
+    wrong = report_images(dataset)
+    report_labels(dataset)
+    wrong += report_truth(dataset)
     path = Path(args.output_dir) / f"{dataset.name}_{dataset.split}.png"
     drawn, shown = picture(dataset)
     save_picture(path, np.asarray(drawn))
@@ -50,24 +54,29 @@ def report_images(dataset: Dataset) -> int:
     for index, image_id in enumerate(progress(dataset.ids, "images")):
         try:
             sizes.append(dataset.size(index))
-        except (ImageError, UserError) as error:
+        except UserError as error:
             damaged[image_id] = str(error)
     if sizes:
         heights, widths = zip(*sizes)
         print(f"  sizes: {min(widths)}x{min(heights)} to {max(widths)}x{max(heights)} pixels, median "
               f"{int(np.median(widths))}x{int(np.median(heights))}")
-    for reason in list(damaged.values())[:5]:
-        print(f"  DAMAGED: {reason}")
-    if len(damaged) > 5:
-        print(f"  DAMAGED: and {len(damaged) - 5} more")
+    _print_first("DAMAGED", list(damaged.values()))
     return len(damaged)
 
 
-def report_labels(dataset: Dataset) -> int:
-    """Print how many images each class has; returns 0, as nothing there must be mended."""
+def _print_first(what: str, lines: Sequence[str], rest: str = "") -> None:
+    """Print the first lines, and how many more there are."""
+    for line in lines[:LISTED]:
+        print(f"  {what}: {line}")
+    if len(lines) > LISTED:
+        print(f"  {what}: and {len(lines) - LISTED} more{rest}")
+
+
+def report_labels(dataset: Dataset) -> None:
+    """Print how many images each class has."""
     if dataset.labels is None:
         print("  no image labels")
-        return 0
+        return
     counts = dataset.labels.sum(axis=0, dtype=int)
     print("  images of each class: " + ", ".join(f"{name} {count}" for name, count in zip(dataset.classes, counts)))
     rows = dataset.labels.sum(axis=1)
@@ -75,7 +84,6 @@ def report_labels(dataset: Dataset) -> int:
     lacking = [name for name, count in zip(dataset.classes, counts) if not count]
     if lacking:
         print(f"  DOUBTFUL: no image has the label {', '.join(lacking[:8])}" + (" ..." if len(lacking) > 8 else ""))
-    return 0
 
 
 def report_truth(dataset: Dataset) -> int:
@@ -87,25 +95,17 @@ def report_truth(dataset: Dataset) -> int:
     print(f"  ground truth: {found.seen} masks, {found.shown} of them show an object")
     for images, text in ((found.unnamed, "mask shows classes that the labels lack"),
                          (found.unshown, "labels name classes that the mask lacks")):
-        for image_id, classes in list(images.items())[:5]:
-            print(f"  DOUBTFUL: {image_id}: the {text}: {', '.join(classes)}")
-        if len(images) > 5:
-            print(f"  DOUBTFUL: and {len(images) - 5} more whose {text}")
-    unread = len(dataset) - found.seen
-    if unread:
-        for index in range(len(dataset)):
-            try:
-                dataset.mask(index)
-            except UserError as error:
-                print(f"  MISSING OR DAMAGED: {unread} masks, such as: {error}")
-                break
-    return unread
+        lines = [f"{image_id}: the {text}: {', '.join(classes)}" for image_id, classes in images.items()]
+        _print_first("DOUBTFUL", lines, f" whose {text}")
+    if found.unread:
+        print(f"  MISSING OR DAMAGED: {len(found.unread)} masks, such as: {next(iter(found.unread.values()))}")
+    return len(found.unread)
 
 
 def picture(dataset: Dataset) -> tuple[Image.Image, list[str]]:
     """(a dozen images, with their masks laid over them where there are any; their ids, row by row)."""
     cells, shown = [], []
-    for index in np.unique(np.linspace(0, len(dataset) - 1, SHOWN).astype(int)):
+    for index in dataset.spread(SHOWN):
         try:
             image = dataset.image(index)
             cells.append(overlay_mask(image, dataset.mask(index)) if dataset.truth else image)
@@ -120,4 +120,4 @@ def picture(dataset: Dataset) -> tuple[Image.Image, list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    run_main(main)

@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 
 from utils import distributed
-from utils.datasets.lists import apart, plain
+from utils.datasets.lists import mask_file, without_mask
 from utils.errors import UserError
 from utils.files import short_hash
 from utils.images import image_size, missing_image, read_image
@@ -85,22 +85,24 @@ class Dataset:
 
         Raises UserError if the split has none, or if the image's is missing, damaged or of another size.
         """
-        if self.truth is None:
-            self.check_truth()
+        self._check_any_truth()
         source, mask = self.truth(self.ids[index], self.label(index))
         check_size(source, mask, self.size(index), "replace the file that is wrong")
         return mask
 
     def check_truth(self) -> None:
         """UserError, with what is missing, unless the split has ground truth of every image."""
-        reason = f" ({self.lacking})" if self.lacking else ""
-        if self.truth is None:
-            raise UserError(f"{self.root} has no ground truth for split {self.split}{reason}")
+        self._check_any_truth()
         find = getattr(self.truth, "missing", None)
         missing = find(self.ids) if find else ()
         if missing:
             raise UserError(f"{len(missing)} of the {len(self)} images of split {self.split} in {self.root} have no "
                             f"ground truth, such as {missing[0]}; complete it, or name a split or --ids that has it")
+
+    def _check_any_truth(self) -> None:
+        if self.truth is None:
+            reason = f" ({self.lacking})" if self.lacking else ""
+            raise UserError(f"{self.root} has no ground truth for split {self.split}{reason}")
 
     def stamps(self, labels: bool) -> list[str]:
         """For each image 16 hex digits that change when its file does (name, bytes, time of change).
@@ -128,6 +130,10 @@ class Dataset:
         keep = list(keep)
         return replace(self, ids=[self.ids[i] for i in keep], files=[self.files[i] for i in keep],
                        labels=None if self.labels is None else self.labels[keep])
+
+    def spread(self, count: int) -> list[int]:
+        """Up to `count` positions, evenly spread from the first to the last."""
+        return np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)).tolist()
 
     def shard(self) -> Self:
         """The images that this rank works on; all of them in a single process."""
@@ -185,14 +191,11 @@ class Pictures:
 
     def find(self, image_id: str) -> Path | None:
         """The path of an image's mask, or None if no folder has it."""
-        names = dict.fromkeys((image_id, apart(image_id)))  # as macOS spells names of files
-        paths = (folder / f"{name}.png" for folder in self.folders for name in names)
-        return next((path for path in paths if path.is_file()), None)
+        return mask_file(self.folders, image_id)
 
     def missing(self, ids: Iterable[str]) -> list[str]:
         """The ids without a mask."""
-        there = {plain(name) for folder in self.folders if folder.is_dir() for name in os.listdir(folder)}
-        return [image_id for image_id in ids if f"{image_id}.png" not in there]
+        return without_mask(self.folders, ids)
 
     def size(self, image_id: str) -> tuple[int, int] | None:
         """(H, W) of a mask, or None if there is none that can be read."""

@@ -85,12 +85,16 @@ class Rendered:
 
     def size(self, image_id: str) -> tuple[int, int]:
         """(H, W) of an image by the JSON."""
-        table = open_annotations(self.source)
-        return tuple(table["sizes"][int(np.searchsorted(table["stems"], image_id.encode()))].tolist())
+        table, row = self._row(image_id)
+        return tuple(table["sizes"][row].tolist())
 
     def __call__(self, image_id: str, _: np.ndarray | None) -> tuple[str, np.ndarray]:
+        return f"{self.source} ({image_id})", render(*self._row(image_id))
+
+    def _row(self, image_id: str) -> tuple[Table, int]:
+        """(table of the JSON, the image's place in it)."""
         table = open_annotations(self.source)
-        return f"{self.source} ({image_id})", render(table, int(np.searchsorted(table["stems"], image_id.encode())))
+        return table, int(np.searchsorted(table["stems"], image_id.encode()))
 
 
 def render(table: Table, row: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Whether ground truth and image labels can be of the same images: a look at a sample, before any work."""
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,15 +18,19 @@ DOUBTFUL = 0.05  # share of images that contradict their labels, from which on a
 
 @dataclass
 class Findings:
-    """What masks show beside image labels.  seen: masks read.  scored: those with a pixel that is not ignored.  shown:
-    those with an object.  labelled: images with a label.  unnamed: {image id: classes that only the mask shows}.
-    unshown: {image id: classes that only the labels name}."""
-    seen: int
-    scored: int
-    shown: int
-    labelled: int
-    unnamed: dict[str, list[str]]
-    unshown: dict[str, list[str]]
+    """What masks show beside image labels.
+
+    seen: masks read.  scored: those with a pixel that is not ignored.  shown: those with an object.  labelled: images
+    with a label.  unnamed: {image id: classes that only the mask shows}.  unshown: {image id: classes that only the
+    labels name}.  unread: {image id: why its mask cannot be read}.
+    """
+    seen: int = 0
+    scored: int = 0
+    shown: int = 0
+    labelled: int = 0
+    unnamed: dict[str, list[str]] = field(default_factory=dict)
+    unshown: dict[str, list[str]] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
 
 
 def check_against_labels(dataset: Dataset) -> None:
@@ -38,13 +42,13 @@ def check_against_labels(dataset: Dataset) -> None:
         return
     def read(index: int) -> np.ndarray:  # without a look at the image
         return dataset.truth(dataset.ids[index], dataset.label(index))[1]
-    found = findings(dataset, np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).astype(int)).tolist(), read)
+    found = findings(dataset, dataset.spread(SAMPLE), read)
     wrong = _what_cannot_be(found, dataset.classes)
     if wrong and found.seen >= FEW:
         raise UserError(f"{dataset.root}: {wrong}")
-    if wrong and distributed.is_main():
-        print(f"WARNING: {dataset.root}: {wrong}", file=sys.stderr)
     if wrong:
+        if distributed.is_main():
+            print(f"WARNING: {dataset.root}: {wrong}", file=sys.stderr)
         return
     for images, one, other in ((found.unnamed, "mask shows", "labels lack"), (found.unshown, "labels name",
                                                                               "mask lacks")):
@@ -73,11 +77,12 @@ def findings(dataset: Dataset, positions: Iterable[int], read: Callable[[int], n
 
     read: the mask at a position, uint8 (H, W); its UserError leaves the image out.
     """
-    found = Findings(0, 0, 0, 0, {}, {})
+    found = Findings()
     for index in positions:
         try:
             mask = read(index)
-        except UserError:
+        except UserError as error:
+            found.unread[dataset.ids[index]] = str(error)
             continue
         values = np.flatnonzero(np.bincount(mask.ravel(), minlength=IGNORE + 1))
         shown, labels = {int(value) - 1 for value in values if 0 < value < IGNORE}, dataset.label(index)

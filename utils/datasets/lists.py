@@ -33,41 +33,43 @@ def plain(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def apart(text: str) -> str:
-    """A name in the other spelling (NFD)."""
-    return unicodedata.normalize("NFD", text)
-
-
 def check_ids(ids: Sequence[str], source: Path) -> None:
     """UserError unless each id is the stem of a file of its own: none twice, or in another case, and none a path.
 
     Masks, CAMs and scores are files named by the id, and some file systems tell no upper from lower case.
     """
-    seen = {}
-    for image_id in ids:
-        if "/" in image_id or "\\" in image_id:
-            raise UserError(f"{source} names {image_id!r}, a path; ids are the names of files without folder and "
-                            "suffix, all in one folder")
-        folded = image_id.casefold()
-        if folded in seen:
-            raise UserError(f"{source} names {image_id!r} twice; take one out" if seen[folded] == image_id else
-                            f"{source} names {seen[folded]!r} and {image_id!r}, whose masks would be one file on some "
-                            "systems; rename one")
-        seen[folded] = image_id
+    path = next((image_id for image_id in ids if "/" in image_id or "\\" in image_id), None)
+    if path is not None:
+        raise UserError(f"{source} names {path!r}, a path; ids are the names of files without folder and suffix, all "
+                        "in one folder")
+    first, second = _alike(ids)
+    if first is not None:
+        raise UserError(f"{source} names {second!r} twice; take one out" if first == second else
+                        f"{source} names {first!r} and {second!r}, whose masks would be one file on some systems; "
+                        "rename one")
 
 
 def check_names(names: Sequence[str], source: Path) -> None:
     """UserError unless the names of classes differ by more than case, and none is the background's."""
+    wrong = next((name for name in names if name.strip("_ ").casefold() in ("", "background", "void", "ignore")), None)
+    if wrong is not None:
+        raise UserError(f"{source} lists {wrong!r} as a class; list foreground classes only: in masks, 0 is "
+                        "background, 255 ignored, and the first class 1")
+    first, second = _alike(names)
+    if first is not None:
+        raise UserError(f"{source} names the class {second!r} twice; take one out" if first == second else
+                        f"{source} spells one class {first!r} and {second!r}; choose one")
+
+
+def _alike(names: Iterable[str]) -> tuple[str, str] | tuple[None, None]:
+    """The first two names that differ in case and spelling at most; (None, None) if there are none."""
     seen = {}
     for name in names:
-        if not name or name.strip("_ ").casefold() in ("background", "void", "ignore"):
-            raise UserError(f"{source} lists {name!r} as a class; list foreground classes only: in masks, 0 is "
-                            "background, 255 ignored, and the first class 1")
         folded = plain(name).casefold()
         if folded in seen:
-            raise UserError(f"{source} names the class {name!r} twice; take one out" if seen[folded] == name else
-                            f"{source} spells one class {seen[folded]!r} and {name!r}; choose one")
+            return seen[folded], name
         seen[folded] = name
+    return None, None
 
 
 def image_files(folder: Path, ids: Iterable[str]) -> list[str | None]:
@@ -91,6 +93,19 @@ def image_files(folder: Path, ids: Iterable[str]) -> list[str | None]:
         raise UserError(f"{folder} holds {' and '.join(sorted(found[both[0]]))}, two images of one id"
                         + (f" (and {len(both) - 1} more such pairs)" if len(both) > 1 else "") + "; keep one")
     return [there.get(image_id) for image_id in ids]
+
+
+def mask_file(folders: Iterable[Path], image_id: str) -> Path | None:
+    """The mask <image_id>.png of the first folder that has it, in either of Unicode's spellings; None if none has."""
+    names = dict.fromkeys((image_id, unicodedata.normalize("NFD", image_id)))
+    paths = (folder / f"{name}.png" for folder in folders for name in names)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def without_mask(folders: Iterable[Path], ids: Iterable[str]) -> list[str]:
+    """The ids of which no folder has a mask.  One listing a folder, as in `image_files`."""
+    there = {plain(name) for folder in folders if folder.is_dir() for name in os.listdir(folder)}
+    return [image_id for image_id in ids if f"{image_id}.png" not in there]
 
 
 def without_suffix(image_id: str, names: Collection[str]) -> str:

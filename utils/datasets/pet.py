@@ -1,5 +1,4 @@
 """Oxford-IIIT Pet (Parkhi et al., CVPR 2012) in its official layout: 37 breeds, trimaps with a border."""
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.datasets.base import Dataset, Layout, mask_size, read_truth, translated
-from utils.datasets.lists import check_ids, check_names, image_files, plain, read_lines
+from utils.datasets.lists import check_ids, check_names, image_files, mask_file, plain, read_lines, without_mask
 from utils.errors import UserError
 from utils.labels import IGNORE
 from utils.recipes import by_step
@@ -20,15 +19,14 @@ class Trimaps:
 
     def missing(self, ids: Sequence[str]) -> list[str]:
         """The ids without a trimap."""
-        there = set(os.listdir(self.folder))
-        return [image_id for image_id in ids if f"{image_id}.png" not in there]
+        return without_mask([self.folder], ids)
 
     def size(self, image_id: str) -> tuple[int, int] | None:
         """(H, W) of a trimap, or None if there is none that can be read."""
-        return mask_size(self.folder / f"{image_id}.png")
+        return mask_size(mask_file([self.folder], image_id))
 
     def __call__(self, image_id: str, labels: np.ndarray) -> tuple[Path, np.ndarray]:
-        path = self.folder / f"{image_id}.png"
+        path = mask_file([self.folder], image_id) or self.folder / f"{image_id}.png"
         mapping = {1: int(labels.argmax()) + 1, 2: 0, 3: IGNORE}
         return path, translated(path, read_truth(path), mapping, "1 (pet), 2 (background), 3 (border)")
 

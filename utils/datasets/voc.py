@@ -186,7 +186,7 @@ def _tag(element: ElementTree.Element) -> str:
 
 def _mask_labels(root: Path, ids: Sequence[str], truth: VocMasks) -> np.ndarray:
     """(N, K) uint8: which classes the masks show.  Kept in output/cache: reading thousands of masks takes a minute."""
-    def build():
+    def build() -> dict[str, np.ndarray]:
         labels = np.zeros((len(ids), len(CLASSES)), np.uint8)
         for index, image_id in enumerate(progress(ids, "image labels from masks")):
             try:
