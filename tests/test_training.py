@@ -1,14 +1,19 @@
 """The training loop on a tiny network: groups, schedule, micro-batches, interruption and resuming, logs, refusals."""
 import json
 import math
+import multiprocessing
 import os
 import random
+import select
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from script_runs import ROOT
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,7 +27,7 @@ from utils import distributed
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.config import Machine, TrainConfig
 from utils.errors import UserError
-from utils.interrupt import Interrupted
+from utils.interrupt import Interrupt, Interrupted
 from utils.loader import TrainingSamples
 from utils.log import duration
 from utils.runtime import run_main
@@ -74,6 +79,9 @@ class Noise:
 
     def __len__(self):
         return COUNT
+
+    def photo(self, index, used):
+        return self.image(index), None
 
     def image(self, index):
         return self.images[index]
@@ -467,6 +475,43 @@ def test_a_second_interruption_stops_at_once(tmp_path):
         pytest.fail("the second signal did not stop the step")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, tiny_task(loss))
+
+
+ONE_LONG_OPERATION = """
+import torch
+from utils.interrupt import Interrupt
+from utils.runtime import run_main
+def main():
+    with Interrupt():
+        matrix = torch.rand(6000, 6000)
+        print("begun", flush=True)
+        torch.linalg.eigh(matrix + matrix.T)
+        print("computed", flush=True)
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_run_in_the_midst_of_one_long_operation(number):
+    """Python would handle neither before the operation is over; this one takes minutes on one thread."""
+    process = subprocess.Popen([sys.executable, "-c", ONE_LONG_OPERATION], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    said = "".join(process.stderr.readline() for _ in range(2))
+    assert "finishing this step, then saving; a second signal stops at once" in said, said
+    process.send_signal(number)
+    out, rest = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "computed" not in out, (process.returncode, out)
+    assert rest == "\nStopped in the midst of a step; --resume goes on from what was saved last.\n", rest
+
+
+def test_a_signal_to_a_forked_data_worker_is_none_of_the_trainings():
+    with Interrupt() as interrupt:
+        worker = multiprocessing.get_context("fork").Process(target=lambda: os.kill(os.getpid(), signal.SIGINT))
+        worker.start()
+        worker.join()
+        assert interrupt.seen() == 0 and select.select([interrupt.received], [], [], 0.2)[0] == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
