@@ -4,7 +4,6 @@ Everything is measured in this run: seed, walk and mask on the toy training spli
 toy test split (nothing known).  Writes output/demo/results.json; the pictures lie beside it.
 """
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -41,16 +40,10 @@ def deeplab_steps(name: str, mask_dir: str) -> list[tuple[str, list[str]]]:
     return [(f"{name} training", train), (f"{name} test", test)]
 
 
-def precision() -> str:
-    """bf16 on CPUs with matrix units for it, where it is several times faster; fp32 elsewhere, where it is slower."""
-    flags = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
-    return "bf16" if "amx_bf16" in flags else "fp32"
-
-
 def run(command: list[str]) -> float:
     """Run one step in the project's folder; its output goes to the screen.  Returns the seconds it took."""
     if command[0].endswith(".py"):
-        command = [*command, "--precision", precision(), "--overwrite"]  # of an earlier demo
+        command = [*command, "--overwrite"]  # of an earlier demo
     print(f"\n$ python {' '.join(command)}", flush=True)
     started = time.time()
     code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode

@@ -28,6 +28,7 @@ from utils.images import to_rgb
 from utils.loader import Views
 from utils.maps import with_background
 from utils.options import FLAGS, pick_device
+from utils.precision import settle_precision
 from utils.random_walk import half_disc, random_walks
 from utils.recipes import DEEPLAB_TEST, METHODS
 
@@ -56,10 +57,11 @@ class _Pipeline:
         self.crf_preset = crf_preset
 
     @classmethod
-    def load(cls, path: str, device: str = "auto", precision: str = "fp32", **changes: object) -> Self:
+    def load(cls, path: str, device: str = "auto", precision: str = "auto", **changes: object) -> Self:
         """From a checkpoint file, with the options that its step of masks would take by default.
 
-        device: "auto", "cpu", "cuda" or "cuda:N".  precision: "fp32" or "bf16".  changes: options that are to differ:
+        device: "auto", "cpu", "cuda" or "cuda:N".  precision: "auto" (bf16 where the device has units for it),
+        "fp32" or "bf16".  changes: options that are to differ:
         scales, flip, max_size, crf_preset; of `Pipeline` bg_alpha, beta, walk_steps, walk_eps, radius; of
         `DeepLabPipeline` merge.
         Raises UserError for a missing, damaged or foreign file, and for an unknown option or choice.
@@ -78,7 +80,8 @@ class _Pipeline:
         options = {**{name: FLAGS[name].default for name in cls.options},
                    **cls._defaults(payload, layout.defaults if layout else {}),
                    **{name: made_with[name] for name in cls.inherited if made_with.get(name) is not None}, **changes}
-        return cls._of(payload, options, Machine(pick_device(device), precision))
+        place = pick_device(device)
+        return cls._of(payload, options, Machine(place, settle_precision(precision, place)))
 
     def _network(self, kind: str) -> torch.nn.Module:
         if kind not in self.records:

@@ -10,23 +10,14 @@ from models.weights import check_pretrained
 from src.inference import Places
 from utils import distributed
 from utils.checkpoint import is_checkpoint
-from utils.config import DataConfig, Machine
+from utils.config import Machine
 from utils.crf import CRF, PRESETS, CRFParams, settle_backend
-from utils.datasets import open_dataset
 from utils.datasets.base import Dataset
-from utils.datasets.contradictions import check_against_labels
 from utils.errors import UserError
 from utils.log import environment
 from utils.options import pick_device, print_options
+from utils.precision import settle_precision, told
 from utils.store import run_dir
-
-
-def open_split(args: argparse.Namespace) -> Dataset:
-    """The split that the flags name; UserError if its ground truth and its labels cannot belong together."""
-    with distributed.main_first():  # what it downloads or parses is there for the others
-        dataset = open_dataset(DataConfig.of(vars(args)))
-    check_against_labels(dataset)
-    return dataset
 
 
 def settled_pretrained(pretrained: str | None, backbone: str) -> str:
@@ -70,8 +61,10 @@ def settled_crf(args: argparse.Namespace, always: bool = False) -> CRF | None:
 
 
 def machine_of(args: argparse.Namespace) -> Machine:
-    """What the work runs on, by the flags."""
-    return Machine(pick_device(args.device), args.precision, args.workers, args.on_bad_image == "skip")
+    """What the work runs on, by the flags; --precision auto is settled, for the record too."""
+    device = pick_device(args.device)
+    args.precision = settle_precision(args.precision, device)
+    return Machine(device, args.precision, args.workers, args.on_bad_image == "skip")
 
 
 def begin(step: str, args: argparse.Namespace, machine: Machine, dataset: Dataset | None = None) -> bool:
@@ -80,7 +73,8 @@ def begin(step: str, args: argparse.Namespace, machine: Machine, dataset: Datase
     facts = environment(machine.device)
     dirty = " with changes" if facts["git_dirty"] else ""
     place = facts["device_name"] + (f" in {distributed.world()} processes" if distributed.world() > 1 else "")
-    print(f"  torch {facts['torch']} on {place}, commit {(facts['git_commit'] or 'none')[:10]}{dirty}"
+    print(f"  torch {facts['torch']} on {place}, {told(machine.precision, machine.device)}, "
+          f"commit {(facts['git_commit'] or 'none')[:10]}{dirty}"
           + (f", {len(dataset)} images, {len(dataset.classes)} classes" if dataset is not None else ""),
           file=sys.stderr)
     if args.dry_run:

@@ -34,6 +34,14 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def fp32():
+    """In this process --precision auto is fp32 on every CPU; the scripts' runs are told by MACHINE."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.precision.cpu_has_bf16", lambda: False)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def background(request):
     """Function: name of a chain -> its result.  The chains that the collected tests use are all started at once."""
     named = {name for item in request.session.items for name in item.fixturenames}

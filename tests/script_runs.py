@@ -21,7 +21,7 @@ import torchvision
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-MACHINE = ("--device", "cpu", "--workers", "0")
+MACHINE = ("--device", "cpu", "--workers", "0", "--precision", "fp32")  # on every CPU alike
 SMALL = ("--backbone", "resnet18", "--pretrained", "none", "--epochs", "1", *MACHINE)
 DATA = "data/oxford-iiit-pet"  # the scripts' default, in the working directory
 STAGE2 = "output/stage2_resnet18/model_best.pth.tar"

@@ -171,7 +171,7 @@ def test_only_rank_0_speaks(both):
 # --- through torchrun itself ----------------------------------------------------------------------------------------
 
 COMMAND = ("run_train.py", "--stage", "1", *map(str, TRAIN), "--epochs", "300", "--bn", "frozen", "--method", "cam",
-           "--output_dir", "output/run", "--workers", "1")
+           "--output_dir", "output/run", "--workers", "1", "--precision", "fp32")
 
 
 def torchrun(folder, *command):

@@ -73,7 +73,8 @@ def fitted_heads(folder, get):
     """Stage 1 without training on the toy data of the chain, from its trained backbone, by cam and by mixture."""
     copy(get("pipeline").folder, folder, without=("deeplab*", "walks", "scores"))
     base = ("run_train.py", "--stage", "1", "--backbone", "resnet18", "--pretrained",
-            "output/stage1_resnet18/model_best.pth.tar", "--scales", "1.0", "--workers", "0", "--device", "cpu")
+            "output/stage1_resnet18/model_best.pth.tar", "--scales", "1.0", "--workers", "0", "--device", "cpu",
+            "--precision", "fp32")
     run(folder, *base, "--method", "cam", "--head_only", "--output_dir", "head_cam", "--cam_dir", "cams_cam")
     run(folder, *base, "--output_dir", "head_mixture", "--cam_dir", "cams_mixture")
     run(folder, "run_inference.py", "--model_path", "head_mixture/model_best.pth.tar", "--output_dir", "masks",

@@ -225,7 +225,8 @@ def test_options_are_those_of_step_6_without_flags(tmp_path, head, options):
     assert pipe.crf_preset == args.crf_preset, f"{pipe.crf_preset}, not {args.crf_preset}"
 
 
-def test_changes_are_taken_and_the_rest_stays(home):
+def test_changes_are_taken_and_the_rest_stays(home, monkeypatch):
+    monkeypatch.setattr("utils.precision.cpu_has_bf16", lambda: True)
     pipe = Pipeline.load(home.stage2, "cpu", "bf16", scales=[1.0], flip=False, beta=3.0, crf_preset="irn")
     assert pipe.maps == MapConfig((1.0,), False, "predicted", 96) and pipe.machine.precision == "bf16", pipe.maps
     assert pipe.walk_config == WalkConfig(beta=3.0, radius=4) and pipe.crf_preset == "irn", pipe.walk_config

@@ -155,7 +155,7 @@ def registered():
 
 
 HERE = "tests/test_plugs.py"
-MACHINE = ("--device", "cpu", "--workers", 0)
+MACHINE = ("--device", "cpu", "--workers", 0, "--precision", "fp32")
 TRAIN = ("--dataset", "shapes", "--backbone", "toy", "--pretrained", "none", "--crop_size", 33, "--batch_size", 3,
          "--epochs", 4, *MACHINE)
 STEPS = (("run_train.py", "--stage", 1, *TRAIN, "--method", "lookalike", "--scales", 1),

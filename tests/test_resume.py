@@ -8,7 +8,8 @@ from script_runs import DATA, chain, checkpoint, finish, interrupt, read_json, r
 from data.make_toy import make_toy
 
 COMMAND = ("run_train.py", "--stage", 1, "--backbone", "resnet18", "--pretrained", "none", "--crop_size", 65,
-           "--scales", 1, "--epochs", 3, "--batch_size", 2, "--cutmix", 0.5, "--workers", 1, "--device", "cpu")
+           "--scales", 1, "--epochs", 3, "--batch_size", 2, "--cutmix", 0.5, "--workers", 1, "--device", "cpu",
+           "--precision", "fp32")
 RUN = "output/stage1_resnet18"
 
 

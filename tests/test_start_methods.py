@@ -16,7 +16,7 @@ from script_runs import DATA, SMALL, chain, checkpoint, finish, read_json, run, 
 from data.make_toy import make_toy
 from utils.loader import _outlive_sigterm
 
-WORKER = ("--device", "cpu", "--workers", 1)
+WORKER = ("--device", "cpu", "--workers", 1, "--precision", "fp32")
 TRAIN = (*SMALL, "--crop_size", 65, "--batch_size", 4, *WORKER)
 MADE = "new/2/model_best.pth.tar"
 

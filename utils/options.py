@@ -144,8 +144,9 @@ FLAGS = {
                              "them one by one", 1e-3),
     "radius": Flag(number(int, 2), "pixel pairs closer than this, in stride-8 cells, have an affinity", 5),
     "device": Flag(str, "cpu, cuda or cuda:N; auto takes a GPU if there is one", "auto"),
-    "precision": Flag(str, "arithmetic of the networks; bf16 is autocast, scores and losses stay float32", "fp32",
-                      choices=("fp32", "bf16")),
+    "precision": Flag(str, "arithmetic of the networks; auto = bf16 on a GPU or CPU that has units for it (CPUs: AMX, "
+                           "AVX512-BF16), else fp32; bf16 is autocast, scores and losses stay float32", "auto",
+                      choices=("auto", "fp32", "bf16")),
     "workers": Flag(natural, "processes that read images or run the CRF, for each process of torchrun",
                     min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))),
     "on_bad_image": Flag(str, "an image that cannot be decoded: error ends the run; skip leaves it out, and the record "
@@ -158,6 +159,7 @@ FLAGS = {
 }
 
 DATA = ("dataset", "data_root", "split", "ids", "limit", "difficult")
+OPENING = (*DATA, "download", "large_images")  # all that decides which split is opened
 NETWORK = ("backbone", "width", "output_stride", "dilated")
 BACKBONE = (*NETWORK, "pretrained")
 TRAINING = ("batch_size", "epochs", "lr", "head_lr", "momentum", "weight_decay", "crop_size", "max_size",
@@ -247,23 +249,27 @@ def _told(value: object) -> object:
 
 
 def resolve(parser: Parser, args: argparse.Namespace, upstream: Mapping[str, object] | None = None,
-            source: str | None = None, inherit: Sequence[str] = ()) -> argparse.Namespace:
+            source: str | None = None, inherit: Sequence[str] = (), names: Sequence[str] | None = None
+            ) -> argparse.Namespace:
     """Fill every flag left at None: from the upstream step's record if its name is in `inherit`, else by the default
     of the seed method, else of the dataset, else by its own.
 
     upstream: the record's options, or None.  source: where it comes from, for the printed line.  Of a record of another
-    dataset than --dataset, nothing that says where the data is counts.
+    dataset than --dataset, nothing that says where the data is counts. bf16 in a record becomes auto here: this machine
+    may have no units for it.  names: only these flags (default: all).
     Returns args; what came from a record or a recipe is printed, so that nothing is settled in silence.
     """
     method = (upstream or {}).get("method") or getattr(args, "method", None)
     upstream = {name: value for name, value in (upstream or {}).items() if name in inherit and value is not None}
+    if upstream.get("precision") == "bf16":
+        upstream["precision"] = "auto"
     if args.dataset not in (None, upstream.get("dataset")):
         upstream = {name: value for name, value in upstream.items() if name not in DATA}
     dataset = args.dataset or upstream.get("dataset") or parser.flags["dataset"]
     if dataset not in DATASETS:
         raise UserError(f"{source} was made from --dataset {dataset}, which is not registered here; pass --dataset "
                         f"{', '.join(DATASETS)}")
-    open_flags = [name for name in parser.flags if getattr(args, name) is None]
+    open_flags = [name for name in names or parser.flags if getattr(args, name) is None]
     inherited = {name: upstream[name] for name in open_flags if name in upstream}
     by_method = parser.methods.get(method, {})
     by_dataset = {name: value for name, value in parser.datasets[dataset].items() if name not in by_method}
