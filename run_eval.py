@@ -7,7 +7,10 @@ and a split with ground truth; writes scores.json, thresholds.png, classes.png, 
 from pathlib import Path
 
 from utils import options as flags
+from utils.config import DataConfig, MapConfig, WalkConfig
+from utils.datasets import open_split
 from utils.runtime import run_main
+from utils.store import check_data, chosen_checkpoint, made_of, mask_record
 
 NAMES = ("model_path", "mask_dir", *flags.DATA, *flags.MAPS, *flags.WALK, "crf", *flags.CRF, "max_size", "cam_dir",
          "output_dir", "overwrite", "show_affinity", *flags.MACHINE)
@@ -23,37 +26,36 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--show_affinity needs networks, and --mask_dir has none; pass --model_path instead of --mask_dir")
     if args.mask_dir and args.model_path:
         parser.error("--mask_dir scores masks as they are and --model_path makes them; pass one of them")
+    payload, manifest, crf = None, None, None
+    if args.mask_dir:
+        manifest = mask_record(args.mask_dir)
+        made_by = (manifest["options"], args.mask_dir) if manifest else (None, None)
+        flags.resolve(parser, args, *made_by, (*INHERITED, *OF_MASKS))
+    else:
+        args.model_path = chosen_checkpoint(args.model_path, "stage2", parser.flags["model_path"])
+        from src.records import open_checkpoint
+        payload = open_checkpoint(args.model_path, args.cam_dir or parser.flags["cam_dir"], ("stage1", "stage2"))
+        flags.resolve(parser, args, payload["options"], args.model_path, INHERITED)
+    dataset = open_split(DataConfig.of(vars(args)))
+    args.split = dataset.split
     from src import eval as evaluation
     from src import start
     from src.affinity_maps import show_affinity, shown_images
     from src.inference import SplitScores
     from src.masks import MaskConfig, check_complete
     from src.pipeline import Pipeline
-    from src.records import check_classes, open_checkpoint, with_classes
-    from utils.config import MapConfig, WalkConfig
-    from utils.store import check_data, made_of, mask_record
-    payload, manifest, crf = None, None, None
-    if args.mask_dir:
-        manifest = mask_record(args.mask_dir)
-        made_by = (manifest["options"], args.mask_dir) if manifest else (None, None)
-        flags.resolve(parser, args, *made_by, (*INHERITED, *OF_MASKS))
-        args.model_path = None
-    else:
-        payload, args.model_path = open_checkpoint(args.model_path, parser.flags["model_path"],
-                                                   args.cam_dir or parser.flags["cam_dir"], ("stage1", "stage2"))
-        flags.resolve(parser, args, payload["options"], args.model_path, INHERITED)
-        crf = start.settled_crf(args)
-        args.crf_backend = args.crf_backend if crf is None else crf.backend
-    dataset = start.open_split(args)
-    args.split = dataset.split
+    from src.records import check_classes, with_classes
     if manifest:
         check_classes(dataset, manifest.get("classes", dataset.classes), args.mask_dir)
         check_data(dataset, manifest, args.mask_dir)
     if args.mask_dir:
         dataset = made_of(dataset, args.mask_dir)
         check_complete(args.mask_dir, dataset.ids)
-    if payload:
+        args.model_path = None
+    else:
         payload = with_classes(payload, dataset, args.model_path)
+        crf = start.settled_crf(args)
+        args.crf_backend = args.crf_backend if crf is None else crf.backend
     args.labels = start.settled_labels(args.labels, dataset)
     dataset.check_truth()
     shown = shown_images(args.show_affinity, dataset)

@@ -8,8 +8,11 @@ of every image are written to --output_dir (then by default output/images).
 from pathlib import Path
 
 from utils import options as flags
+from utils.config import DataConfig, MapConfig, WalkConfig
+from utils.datasets import open_split
 from utils.errors import UserError
 from utils.runtime import run_main
+from utils.store import chosen_checkpoint
 
 NAMES = ("model_path", *flags.DATA, "images", *flags.MAPS, *flags.WALK, "crf", *flags.CRF, "max_size", "cam_dir",
          "output_dir", "overwrite", "save_overlays", "save_walk", "show_affinity", *flags.MACHINE)
@@ -22,14 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.images is not None and args.labels == "gt":
         parser.error("--images has no labels to go by; leave --labels out")
+    args.model_path = chosen_checkpoint(args.model_path, "stage2", parser.flags["model_path"])
     from src import inference, start
     from src.affinity_maps import show_affinity, shown_images
     from src.masks import MaskConfig
     from src.pipeline import Pipeline
     from src.records import open_checkpoint, with_classes
-    from utils.config import MapConfig, WalkConfig
-    payload, args.model_path = open_checkpoint(args.model_path, parser.flags["model_path"],
-                                               args.cam_dir or parser.flags["cam_dir"], ("stage2", "stage1"))
+    payload = open_checkpoint(args.model_path, args.cam_dir or parser.flags["cam_dir"], ("stage2", "stage1"))
     walked = "affinity" in payload["networks"]
     if args.save_walk and not walked:
         raise UserError(f"{args.model_path} has no AffinityNet to walk with; leave --save_walk out, or pass a "
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         paths = inference.list_images(Path(args.images))
         inference.check_results(paths, out)
     else:
-        dataset = start.open_split(args)
+        dataset = open_split(DataConfig.of(vars(args)))
         args.split = dataset.split
         payload = with_classes(payload, dataset, args.model_path)
         args.labels = start.settled_labels(args.labels, dataset)

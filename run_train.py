@@ -10,7 +10,10 @@ from pathlib import Path
 
 from src.seeds import SEED_FLAGS
 from utils import options as flags
+from utils.config import BackboneConfig, DataConfig, MapConfig, TrainConfig, WalkConfig
+from utils.datasets import open_split
 from utils.runtime import run_main
+from utils.store import check_data, check_free, chosen_checkpoint, made_of, read_manifest, run_dir
 
 COMMON = ("download", *flags.DATA, *flags.BACKBONE, *flags.TRAINING, "model_path", "cam_dir", "output_dir", "overwrite",
           *flags.MACHINE)
@@ -43,11 +46,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def stage1(parser: flags.Parser, args: argparse.Namespace) -> int:
     """Train the classifier, then write the CAMs."""
+    flags.resolve(parser, args, names=flags.OPENING)
+    dataset = open_split(DataConfig.of(vars(args)))
+    args.split = dataset.split
     from src import start, train
     from src.seeds import seed_class
     from src.training.resume import check_run_dir, resumed
-    from utils.config import BackboneConfig, MapConfig, TrainConfig
-    from utils.store import check_free, run_dir
     args.pretrained = start.settled_pretrained(args.pretrained, args.backbone or parser.flags["backbone"])
     args.method = args.method or ("cam" if args.pretrained == "none" else "mixture")
     flags.resolve(parser, args)
@@ -60,8 +64,6 @@ def stage1(parser: flags.Parser, args: argparse.Namespace) -> int:
     check_run_dir(args.output_dir, args.resume, args.overwrite)
     if not args.resume:
         check_free(args.cam_dir, "cam", args.overwrite)
-    dataset = start.open_split(args)
-    args.split = dataset.split
     args.labels = start.settled_labels(args.labels, dataset, default="gt")
     train.check_labelled(dataset)
     machine = start.machine_of(args)
@@ -76,18 +78,17 @@ def stage1(parser: flags.Parser, args: argparse.Namespace) -> int:
 
 def adopt(parser: flags.Parser, args: argparse.Namespace) -> int:
     """Take the classifier at --model_path as it is, and write the CAMs."""
+    args.model_path = chosen_checkpoint(args.model_path, "stage1")
     from models.weights import load_model
     from src import start, train
     from src.inference import cam_folder
     from src.pipeline import Pipeline
     from src.records import built_with, with_classes
-    from utils.config import MapConfig, WalkConfig
-    from utils.store import run_dir
     payload = load_model(args.model_path, steps=("stage1",))
     built = built_with(payload["networks"]["classifier"], vars(args), args.model_path)
     flags.resolve(parser, args, {**payload["options"], **built}, args.model_path, INHERITED)
     args.output_dir = args.output_dir or str(run_dir("stage1", args.backbone))
-    dataset = start.open_split(args)
+    dataset = open_split(DataConfig.of(vars(args)))
     args.split = dataset.split
     args.labels = start.settled_labels(args.labels, dataset)
     payload = with_classes(payload, dataset, args.model_path)
@@ -103,16 +104,16 @@ def adopt(parser: flags.Parser, args: argparse.Namespace) -> int:
 
 def stage2(parser: flags.Parser, args: argparse.Namespace) -> int:
     """Make affinity labels and train AffinityNet."""
+    args.cam_dir = args.cam_dir or parser.flags["cam_dir"]
+    manifest = read_manifest(args.cam_dir, "cam")
+    flags.resolve(parser, args, manifest["options"], args.cam_dir, INHERITED)
+    dataset = open_split(DataConfig.of(vars(args)))
+    args.split = dataset.split
     from models.weights import load_model
     from src import start, train
     from src.masks import LabelConfig
     from src.records import check_same_classifier, with_classes
     from src.training.resume import check_run_dir, resumed
-    from utils.config import BackboneConfig, TrainConfig
-    from utils.store import check_data, made_of, read_manifest, run_dir
-    args.cam_dir = args.cam_dir or parser.flags["cam_dir"]
-    manifest = read_manifest(args.cam_dir, "cam")
-    flags.resolve(parser, args, manifest["options"], args.cam_dir, INHERITED)
     classifier = load_model(args.model_path, steps=("stage1",))
     args.pretrained = args.pretrained or args.model_path
     check_same_classifier(classifier, manifest, args.model_path, args.cam_dir)
@@ -124,8 +125,6 @@ def stage2(parser: flags.Parser, args: argparse.Namespace) -> int:
     check_run_dir(args.output_dir, args.resume, args.overwrite)
     crf = start.settled_crf(args, always=True)
     args.crf_backend = crf.backend
-    dataset = start.open_split(args)
-    args.split = dataset.split
     classifier = with_classes(classifier, dataset, args.model_path)
     dataset = made_of(dataset, args.cam_dir)
     check_data(dataset, manifest, args.cam_dir)

@@ -4,13 +4,15 @@ Reads output/deeplab_<backbone>/model_best.pth.tar (the newest, or --model_path)
 writes masks/, scores.json, plots and panels to --output_dir (default output/deeplab_test). With --images PATH (an image
 or a folder) no dataset is needed: a mask and an overlay of every image are written (by default to output/images).
 """
-import sys
 from pathlib import Path
 
 from utils import options as flags
 from utils import recipes
+from utils.config import DataConfig, MapConfig
+from utils.datasets import DATASETS, open_split
 from utils.errors import UserError
 from utils.runtime import run_main
+from utils.store import chosen_checkpoint
 
 NAMES = ("model_path", *flags.DATA, "images", *flags.MAPS, "merge", "bg_threshold", "crf", *flags.CRF, "max_size",
          "output_dir", "overwrite", "save_overlays", "submission", *flags.MACHINE)
@@ -22,17 +24,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.images is not None and (args.labels == "gt" or args.submission is not None):
         parser.error("--images has no labels to go by, and is no split; leave --labels and --submission out")
+    args.model_path = chosen_checkpoint(args.model_path, "deeplab")
     from models.weights import load_model
     from src import inference, segment, start
     from src.masks import MaskConfig
     from src.pipeline import DeepLabPipeline
-    from src.records import newest, with_classes
+    from src.records import with_classes
     from src.submission import check_submission, write_submission
-    from utils.config import DataConfig, MapConfig
-    from utils.datasets import DATASETS
-    if args.model_path is None:
-        args.model_path = newest("deeplab")
-        print(f"Using {args.model_path}, the newest DeepLab checkpoint", file=sys.stderr)
     payload = load_model(args.model_path, steps=("deeplab",))
     parser.settle_head(payload["networks"]["deeplab"].get("head", "seamv1"))
     flags.resolve(parser, args, payload["options"], args.model_path, INHERITED)
@@ -52,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         if start.begin("Step 6", args, machine):
             inference.run_images(pipeline, paths, Path(args.output_dir), how)
         return 0
-    dataset = start.open_split(args)
+    dataset = open_split(DataConfig.of(vars(args)))
     args.split = dataset.split
     if dataset.truth is not None:
         dataset.check_truth()

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from utils import options as flags
 from utils import recipes
+from utils.config import BackboneConfig, DataConfig, TrainConfig
+from utils.datasets import open_split
 from utils.runtime import run_main
+from utils.store import check_data, made_of, mask_record, run_dir
 
 NAMES = (*flags.DATA, "mask_dir", "head", *flags.BACKBONE, *flags.TRAINING, "output_dir", "overwrite", *flags.MACHINE)
 DEFAULTS = {"backbone": "resnet38", "mask_dir": "output/inference", "output_stride": 8}
@@ -18,20 +21,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = flags.Parser(__doc__, NAMES, "deeplab", recipes.DEEPLAB_TRAINING, **DEFAULTS)
     args = parser.parse_args(argv)
     parser.settle_head(args.head or parser.flags["head"])
-    from src import segment, start
-    from src.records import check_classes
-    from src.training.resume import check_run_dir, resumed
-    from utils.config import BackboneConfig, TrainConfig
-    from utils.store import check_data, made_of, mask_record, run_dir
     args.mask_dir = args.mask_dir or DEFAULTS["mask_dir"]
     manifest = None if args.mask_dir == "gt" else mask_record(args.mask_dir)
     flags.resolve(parser, args, manifest and manifest["options"], args.mask_dir, INHERITED)
+    dataset = open_split(DataConfig.of(vars(args)))
+    args.split = dataset.split
+    from src import segment, start
+    from src.records import check_classes
+    from src.training.resume import check_run_dir, resumed
     args.pretrained = start.settled_pretrained(args.pretrained, args.backbone)
     start.check_network(args)
     args.output_dir = args.output_dir or str(run_dir("deeplab", args.backbone))
     check_run_dir(args.output_dir, args.resume, args.overwrite)
-    dataset = start.open_split(args)
-    args.split = dataset.split
     if manifest is not None:
         check_classes(dataset, manifest["classes"], args.mask_dir)
         check_data(dataset, manifest, args.mask_dir)

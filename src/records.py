@@ -3,7 +3,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from models.weights import load_model
 from utils.datasets.base import Dataset
@@ -57,16 +56,11 @@ def check_same_classifier(classifier: dict, manifest: dict, model_path: str, cam
                         "pass the checkpoint that made them with --model_path")
 
 
-def open_checkpoint(path: str | None, default: str, cam_dir: str, steps: Sequence[str] = ("stage2",)
-                    ) -> tuple[dict, str]:
-    """The checkpoint at `path`, of one of `steps`; without one, the newest of stage 2 in output/, the default first.
+def open_checkpoint(path: str, cam_dir: str, steps: Sequence[str] = ("stage2",)) -> dict:
+    """The checkpoint at `path`, of one of `steps`.
 
     A published AffinityNet comes without a classifier: it gets the one that made the CAMs in `cam_dir`.
-    Returns (payload, path).
     """
-    if path is None:
-        path = default if Path(default).is_file() else newest("stage2", default)
-        print(f"Using {path}", file=sys.stderr)
     payload = load_model(path, steps)
     if list(payload["networks"]) == ["affinity"]:
         manifest = read_manifest(cam_dir, "cam")
@@ -76,12 +70,4 @@ def open_checkpoint(path: str | None, default: str, cam_dir: str, steps: Sequenc
         print(f"Taking the classifier from {source}, which made the CAMs in {cam_dir}", file=sys.stderr)
         payload = {**payload, "classes": classifier["classes"], "options": {**manifest["options"], "cam_dir": cam_dir},
                    "networks": {**payload["networks"], **classifier["networks"]}}
-    return payload, str(path)
-
-
-def newest(step: str, otherwise: str | None = None) -> str:
-    """Path of the newest output/<step>_*/model_best.pth.tar; without one `otherwise`, or a UserError."""
-    found = sorted(Path("output").glob(f"{step}_*/model_best.pth.tar"), key=lambda path: path.stat().st_mtime)
-    if not found and otherwise is None:
-        raise UserError("no DeepLab checkpoint in output/; run: python train_deeplab.py")
-    return str(found[-1]) if found else otherwise
+    return payload

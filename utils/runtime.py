@@ -1,5 +1,6 @@
 """How every script runs: memory and threads are set up before torch is imported, and errors printed in one line."""
 import ctypes
+import gc
 import os
 import re
 import sys
@@ -64,6 +65,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         distributed.start()
         status = main()
         distributed.stop()
+        gc.freeze()  # Python's last collection would walk over all of torch: more than a second
     except KeyboardInterrupt as error:
         _end(128 + getattr(error, "number", 2), "Interrupted.")
     except (UserError, OSError) as error:

@@ -13,12 +13,31 @@ from utils.files import file_hash, read_json, write_json
 
 MANIFEST = "manifest.json"
 STEP_COMMAND = {"cam": "python run_train.py --stage 1", "walk": "python run_inference.py",
-                "affinity_labels": "python run_train.py --stage 2", "mask": "python run_inference.py"}
+                "affinity_labels": "python run_train.py --stage 2", "mask": "python run_inference.py",
+                "deeplab": "python train_deeplab.py"}
 
 
 def run_dir(step: str, backbone: str) -> Path:
     """Default output folder of a training step, e.g. output/stage1_resnet50."""
     return Path("output") / f"{step}_{backbone.replace('/', '_')}"
+
+
+def chosen_checkpoint(path: str | None, step: str, default: str | None = None) -> str:
+    """--model_path; left out, `default` if it is there, else the newest output/<step>_*/model_best.pth.tar.
+
+    It is said, and no torch is imported, so that a missing file is known at once: UserError.
+    """
+    if path is None:
+        found = sorted(Path("output").glob(f"{step}_*/model_best.pth.tar"), key=lambda path: path.stat().st_mtime)
+        newest = str(found[-1]) if found else default
+        path = default if default is not None and Path(default).is_file() else newest
+    if path is None:
+        raise UserError(f"no checkpoint output/{step}_*/model_best.pth.tar; run: {STEP_COMMAND[step]}, or pass another "
+                        "with --model_path")
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint {path}; run the step that writes it, or pass its path")
+    print(f"Using {path}", file=sys.stderr, flush=True)
+    return path
 
 
 class Folder:

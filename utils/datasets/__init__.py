@@ -2,16 +2,18 @@
 import sys
 from pathlib import Path
 
+from utils import distributed
 from utils.config import DataConfig
 from utils.datasets.base import Dataset, Layout
 from utils.datasets.coco import COCO
+from utils.datasets.contradictions import check_against_labels
 from utils.datasets.folder import FOLDER
 from utils.datasets.lists import plain, read_lines
 from utils.datasets.pet import PET
 from utils.datasets.voc import VOC
 from utils.errors import UserError
 
-__all__ = ["DATASETS", "Dataset", "Layout", "open_dataset"]
+__all__ = ["DATASETS", "Dataset", "Layout", "open_dataset", "open_split"]
 
 DATASETS: dict[str, Layout] = {"pet": PET, "voc": VOC, "coco": COCO, "folder": FOLDER}
 
@@ -48,6 +50,17 @@ def open_dataset(config: DataConfig) -> Dataset:
     if missing:
         raise UserError(f"split {dataset.split} names {missing[0]} (and {len(missing) - 1} more) but "
                         f"{dataset.image_dir} has no such image; complete the images or correct the split file")
+    return dataset
+
+
+def open_split(config: DataConfig) -> Dataset:
+    """`open_dataset` for a script: in rank 0 first, and said; UserError if ground truth and labels cannot belong
+    together.  No torch is imported, so that a wrong folder is known at once."""
+    with distributed.main_first():  # what it downloads or parses is there for the others
+        dataset = open_dataset(config)
+    print(f"Split {dataset.split} of {dataset.root}: {len(dataset)} images, {len(dataset.classes)} classes",
+          file=sys.stderr, flush=True)
+    check_against_labels(dataset)
     return dataset
 
 
