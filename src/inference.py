@@ -18,8 +18,8 @@ from utils.crf import CRF
 from utils.datasets.base import Dataset
 from utils.errors import ImageError, UserError
 from utils.files import load_cam, read_json, save_cam, save_scores, write_json
-from utils.grids import capped_size, resize_image
-from utils.images import SUFFIXES, is_image_name, read_image
+from utils.grids import capped_size, resize_image, resize_labels
+from utils.images import SUFFIXES, is_image_name, read_reduced
 from utils.labels import save_mask
 from utils.log import progress
 from utils.maps import foreground_probability
@@ -28,6 +28,7 @@ from utils.store import MANIFEST, Folder
 from utils.visualize import heatmap, overlay, overlay_mask, save_gif, save_picture
 
 LEDGER = "wsss_images.json"  # in a folder of --images: which files there are results
+OVERLAY = 2048  # pixels of the long side that an overlay of a larger photo keeps at least
 SHOWN = 8  # images of a split that are animated
 
 
@@ -256,7 +257,7 @@ def _write_results(pipeline: Pipeline | DeepLabPipeline, file: Path, out: Path, 
                    ) -> None:
     """The mask and the overlay of one image file; nothing for a damaged one that is to be skipped."""
     try:
-        image = read_image(file, displayed=True)
+        image, size = read_reduced(file, max(OVERLAY / 2, pipeline.maps.largest), displayed=True)
     except ImageError as error:
         if not pipeline.machine.skip_bad:
             raise
@@ -268,8 +269,8 @@ def _write_results(pipeline: Pipeline | DeepLabPipeline, file: Path, out: Path, 
         save_walk(out / "walks" / f"{name}.gif", pipeline, image, cam.keys, cam.maps)
     else:
         keys, scores = pipeline.scores(image)
-    mask = decide(image, keys, scores, how.crf, how.max_size, how.bg_threshold)
+    mask = decide(image, keys, scores, how.crf, how.max_size, how.bg_threshold, size)
     save_mask(out / f"{name}.png", mask)
-    save_picture(out / f"{name}_overlay.png", overlay_mask(image, mask))
+    save_picture(out / f"{name}_overlay.png", overlay_mask(image, resize_labels(mask, image.shape[:2])))
     named = ", ".join(pipeline.classes[key] for key in keys)
     print(f"{file}: {named}; foreground {np.mean(mask > 0):.0%} -> {out / f'{name}.png'}")

@@ -15,35 +15,42 @@ from utils.labels import IGNORE, read_mask, save_mask
 from utils.maps import move_threshold, to_mask, with_background
 from utils.visualize import overlay_mask, save_picture
 
+BAND = 2**24  # values of a photo's score maps that are held at full size at once
 
-def full_size(probabilities: np.ndarray, size: Size) -> np.ndarray:
-    """Score maps (K + 1, h, w) at the size of the image, each pixel summing to 1."""
-    maps = resize_maps(probabilities, size)
+
+def full_size(probabilities: np.ndarray, size: Size, rows: tuple[int, int] | None = None) -> np.ndarray:
+    """Score maps (K + 1, h, w) at the size of the image, each pixel summing to 1.  rows: see `resize_maps`."""
+    maps = resize_maps(probabilities, size, rows)
     return maps / np.maximum(maps.sum(axis=0), 1e-8)
 
 
 def refine(image: np.ndarray, fields: Sequence[np.ndarray], crf: CRF, max_size: int, bg_threshold: float = 0.5
            ) -> np.ndarray:
-    """CRF posteriors (P, K + 1, H, W) of P fields over an image, at the image's size.
+    """CRF posteriors (P, K + 1, h, w) of P fields over an image, at its capped size, which the networks saw.
 
-    The CRF runs at the capped size the networks saw: its kernel widths, in pixels, are made for such photos.
+    The CRF's kernel widths, in pixels, are made for photos of that size.
     fields: P maps (K + 1, h, w).  bg_threshold: the foreground probability before the CRF that counts as undecided.
     """
     size = capped_size(image.shape[:2], max_size)
     moved = np.stack([move_threshold(full_size(maps, size), bg_threshold) for maps in fields])
-    posteriors = dense_crf(np.ascontiguousarray(resize_image(image, size)), moved, *crf)
-    return np.stack([full_size(posterior, image.shape[:2]) for posterior in posteriors])
+    return dense_crf(np.ascontiguousarray(resize_image(image, size)), moved, *crf)
 
 
 def decide(image: np.ndarray, keys: np.ndarray, probabilities: np.ndarray, crf: CRF | None, max_size: int,
-           bg_threshold: float) -> np.ndarray:
+           bg_threshold: float, size: Size | None = None) -> np.ndarray:
     """The mask of an image, uint8 (H, W): 0 background, class k as k + 1.
 
     keys: (K,) zero-based classes.  probabilities: (K + 1, h, w), background first.  crf: None to do without.
+    size: (H, W) of the photo, where `image` is a smaller copy of it; left out, the image's.
     """
-    if crf is None:
-        return to_mask(full_size(probabilities, image.shape[:2]), keys, bg_threshold)
-    return to_mask(refine(image, [probabilities], crf, max_size, bg_threshold)[0], keys, 0.5)
+    size = image.shape[:2] if size is None else size
+    if crf is not None:
+        probabilities, bg_threshold = refine(image, [probabilities], crf, max_size, bg_threshold)[0], 0.5
+    mask, step = np.empty(size, np.uint8), max(1, BAND // (len(probabilities) * size[1]))
+    for first in range(0, size[0], step):
+        rows = (first, min(size[0], first + step))
+        mask[slice(*rows)] = to_mask(full_size(probabilities, size, rows), keys, bg_threshold)
+    return mask
 
 
 @dataclass(frozen=True)
@@ -94,13 +101,13 @@ def write_mask(item: tuple[str, Dataset], score_dir: Path, folder: Path, how: Ma
     """Write the mask of one image from its score maps, and an overlay to overlays/ if asked.  item: see `write_label`.
     """
     image_id, one = item
-    image = one.image(0)
+    image, size = (one.image(0), None) if overlays else one.photo(0, how.max_size)
     if how.bg_alpha is None:
         keys, scores = load_scores(score_dir, image_id)
     else:
         keys, cam = load_cam(score_dir, image_id)
         scores = with_background(cam, how.bg_alpha)
-    mask = decide(image, keys, scores, how.crf, how.max_size, how.bg_threshold)
+    mask = decide(image, keys, scores, how.crf, how.max_size, how.bg_threshold, size)
     if overlays:
         save_picture(folder / "overlays" / f"{image_id}.png", overlay_mask(image, mask))
     save_mask(folder / f"{image_id}.png", mask)

@@ -118,10 +118,9 @@ def _count_maps(stage: Stage, image_id: str, one: Dataset, truth: np.ndarray, ho
     keys, probabilities = stage.probabilities(image_id)
     threshold = how.bg_threshold
     if stage.crf:
-        (maps,) = refine(one.image(0), [probabilities], how.crf, how.max_size, threshold)
-        threshold = 0.5
-    else:
-        maps = full_size(probabilities, truth.shape)
+        image, _ = one.photo(0, how.max_size)
+        (probabilities,), threshold = refine(image, [probabilities], how.crf, how.max_size, threshold), 0.5
+    maps = full_size(probabilities, truth.shape)
     classes = len(one.classes) + 1
     sweep = SweepHistogram(classes).count(*foreground_probability(maps, keys), truth)
     return confusion(to_mask(maps, keys, threshold), truth, classes), sweep

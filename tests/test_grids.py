@@ -46,6 +46,16 @@ def resampled(picture, size):
     return np.einsum("yh,hwc,xw->yxc", down, picture.astype(np.float64), across)
 
 
+@pytest.mark.parametrize("old, new, step", [((5, 7), (64, 33), 10), ((33, 20), (9, 30), 2), ((1, 4), (17, 9), 5),
+                                            ((40, 40), (7, 5), 3), ((12, 9), (12, 9), 5)])
+def test_rows_of_a_map_equal_those_of_the_whole_map(old, new, step):
+    maps = np.random.default_rng(0).random((3, *old), np.float32)
+    whole = resize_maps(maps, new)
+    bands = [resize_maps(maps, new, (first, min(new[0], first + step))) for first in range(0, new[0], step)]
+    gap = abs(np.concatenate(bands, axis=1) - whole).max()
+    assert gap < 1e-5, f"{gap:.1e}"
+
+
 @pytest.mark.parametrize("old, new", UP + DOWN + MIXED)
 def test_maps_equal_the_triangle_filter(old, new):
     maps = random_maps(3, old)

@@ -31,6 +31,10 @@ class Pictures:
     def __len__(self):
         return len(self.images)
 
+    def photo(self, index, used):
+        image = self.image(index)
+        return image, image.shape[:2]
+
     def image(self, index):
         return self.images[index]
 

@@ -51,14 +51,18 @@ def _resize(picture: np.ndarray, size: Size, method: Image.Resampling) -> np.nda
     return np.asarray(Image.fromarray(picture).resize((size[1], size[0]), method))
 
 
-def resize_maps(maps: np.ndarray, size: Size) -> np.ndarray:
-    """float (K, h, w) -> float32 (K, *size): bilinear, with antialiasing where it shrinks."""
+def resize_maps(maps: np.ndarray, size: Size, rows: tuple[int, int] | None = None) -> np.ndarray:
+    """float (K, h, w) -> float32 (K, *size): bilinear, with antialiasing where it shrinks.
+
+    rows: (first, end) of the new rows that are wanted, float32 (K, end - first, W); left out, all.
+    """
     maps = np.asarray(maps, np.float32)
+    first, end = rows or (0, size[0])
     if maps.shape[1:] == tuple(size):
-        return maps
-    out = np.empty((len(maps), *size), np.float32)  # of no maps too: an image may show no class
+        return maps[:, first:end]
+    out = np.empty((len(maps), end - first, size[1]), np.float32)  # of no maps too: an image may show no class
     for k, one in enumerate(maps):
-        out[k] = _corner_aligned(one, size)
+        out[k] = _corner_aligned(one, size, first, end)
     return out
 
 
@@ -70,8 +74,10 @@ def resize_tensor(maps: torch.Tensor, size: Size) -> torch.Tensor:
     return interpolate(maps, size=size, mode="bilinear", align_corners=True)
 
 
-def _corner_aligned(one: np.ndarray, size: Size) -> np.ndarray:
-    """A map (h, w) by Pillow, whose source box is set so that the centres of the outer cells meet.
+def _corner_aligned(one: np.ndarray, size: Size, first: int, end: int) -> np.ndarray:
+    """Rows `first` to `end` of a map (h, w) at another size.
+
+    By Pillow, whose source box is set so that the centres of the outer cells meet.
 
     Where a map shrinks, the filter reaches beyond its edges: the outer cells are repeated there.
     """
@@ -79,8 +85,9 @@ def _corner_aligned(one: np.ndarray, size: Size) -> np.ndarray:
     pads = [int(np.ceil(1 - 2 * margin)) if margin < 0 else 0 for margin in margins]  # the new pixels' spacing
     (top, left), (height, width) = (pad + margin for pad, margin in zip(pads, margins)), one.shape
     one = np.pad(one, [(pad, pad) for pad in pads], mode="edge") if any(pads) else one
-    box = (left, top, left + width - 2 * margins[1], top + height - 2 * margins[0])
-    return np.asarray(Image.fromarray(one).resize((size[1], size[0]), Image.Resampling.BILINEAR, box=box))
+    row = (height - 2 * margins[0]) / size[0]  # height of a new row in old ones
+    box = (left, top + first * row, left + width - 2 * margins[1], top + end * row)
+    return np.asarray(Image.fromarray(one).resize((size[1], end - first), Image.Resampling.BILINEAR, box=box))
 
 
 def _margin(old: int, new: int) -> float:

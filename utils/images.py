@@ -37,14 +37,31 @@ def is_image_name(name: str) -> bool:
 
 
 def read_image(path: str | Path, displayed: Displayed = False) -> np.ndarray:
-    """RGB uint8 (H, W, 3) of any picture Pillow reads: PNG, GIF (first frame), grey, palette, RGBA under any name.
+    """RGB uint8 (H, W, 3) of a picture, see `read_reduced`."""
+    return read_reduced(path, None, displayed)[0]
 
+
+def read_reduced(path: str | Path, used: float | None, displayed: Displayed = False
+                 ) -> tuple[np.ndarray, tuple[int, int]]:
+    """A picture for a use that shrinks it: (RGB uint8 (h, w, 3), its full size (H, W)).
+
+    Takes any picture that Pillow reads: PNG, GIF (first frame), grey, palette, RGBA under any name.
+    used: pixels of the long side that it will be shrunk to. It comes 2, 4 or 8 times as small as in the file if that
+    still leaves twice as many; a JPEG is then decoded at that size, which takes a fraction of the time and memory.
+    None: full size.
     displayed: whether to apply the EXIF orientation, as a viewer does; else pixels are as stored.
     Transparent pixels are blended with white; more than 8 bits a pixel: see `eight_bits`.
     Raises UserError naming the file if it is missing, and ImageError if it cannot be decoded.
     """
     with _opened(path) as image:
-        return turned(_rgb(image), _applied(image, displayed))
+        applied, (width, height) = _applied(image, displayed), image.size
+        factor = next((n for n in (8, 4, 2) if used is not None and max(image.size) >= 2 * n * used), 1)
+        if factor > 1:
+            image.draft(None, (width // factor, height // factor))  # of a JPEG; else nothing
+        pixels = _rgb(image)
+        if factor > 1 and image.size == (width, height):
+            pixels = np.asarray(Image.fromarray(pixels).reduce(factor))
+        return turned(pixels, applied), (width, height) if applied >= 5 else (height, width)
 
 
 def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:

@@ -54,7 +54,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         failures = {}
         for index in [*range(wanted, len(self.dataset)), *range(wanted)] if self.skip_bad else [wanted]:
             try:
-                return index, self.dataset.image(index), failures
+                return index, self.dataset.photo(index, self.augmentation.largest)[0], failures
             except ImageError as error:
                 if not self.skip_bad:
                     raise
@@ -111,13 +111,13 @@ class WholeImages(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, object]:
         try:
-            image = self.dataset.image(index)
+            image, size = self.dataset.photo(index, self.views.largest)
         except ImageError as error:
             if not self.skip_bad:
                 raise
             return {"index": index, "failure": str(error)}
         views = self.views(image)
-        item = {"index": index, "size": image.shape[:2], "views": views}
+        item = {"index": index, "size": size, "views": views}
         if self.read is not None:
             target = resize_labels(self.read(self.dataset, index), views[0].shape[-2:])
             item["target"] = torch.from_numpy(target.astype(np.int64))
@@ -132,6 +132,7 @@ class Views:
 
     def __init__(self, scales: Sequence[float], max_size: int, stride: int, normalise: Normalise = IMAGENET):
         self.scales, self.max_size, self.stride, self.normalise = tuple(scales), max_size, stride, normalise
+        self.largest = max_size * max(1, *self.scales)  # pixels of the long side
 
     def __call__(self, image: np.ndarray) -> list[torch.Tensor]:
         base = capped_size(image.shape[:2], self.max_size)

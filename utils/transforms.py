@@ -61,6 +61,11 @@ class Augmentation:
         image = _jitter(image, rng) if self.jitter else image
         return _place(self.normalise(image), target if target is None else target[window], self.crop, rng)
 
+    @property
+    def largest(self) -> float:
+        """Pixels of the long side that an image is resized to at most."""
+        return self.long_side[1] if self.long_side is not None else self.max_size * max(1, self.scale[1])
+
     def _draw_size(self, size: Size, rng: np.random.Generator) -> Size:
         if self.long_side is not None:
             factor = rng.uniform(*self.long_side) / max(size)

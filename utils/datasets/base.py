@@ -14,7 +14,7 @@ from utils import distributed
 from utils.datasets.lists import mask_file, without_mask
 from utils.errors import UserError
 from utils.files import short_hash
-from utils.images import image_size, missing_image, read_image
+from utils.images import image_size, missing_image, read_image, read_reduced
 from utils.labels import IGNORE, read_mask
 from utils.recipes import by_step
 
@@ -61,6 +61,13 @@ class Dataset:
     def image(self, index: int) -> np.ndarray:
         """RGB uint8 (H, W, 3).  UserError if the file is missing, ImageError if it cannot be decoded."""
         return read_image(self.image_path(index), partial(self._shows, index))
+
+    def photo(self, index: int, used: float) -> tuple[np.ndarray, tuple[int, int]]:
+        """(image, full size (H, W)): the image for a use that shrinks it, see `utils.images.read_reduced`."""
+        if type(self).image is not Dataset.image:  # a format of its own
+            image = self.image(index)
+            return image, image.shape[:2]
+        return read_reduced(self.image_path(index), used, partial(self._shows, index))
 
     def size(self, index: int) -> tuple[int, int]:
         """(H, W) of an image, from its header alone.  Raises like `image`."""
