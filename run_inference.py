@@ -19,9 +19,14 @@ NAMES = ("model_path", *flags.DATA, "images", *flags.MAPS, *flags.WALK, "crf", *
 INHERITED = (*flags.DATA, "scales", "flip", "max_size", "radius", "precision", "cam_dir")
 
 
+def build_parser() -> flags.Parser:
+    """The parser of this step."""
+    return flags.Parser(__doc__, NAMES, "masks", output_dir=None, crf_preset="mctformer",
+                        model_path="output/stage2_resnet50/model_best.pth.tar")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = flags.Parser(__doc__, NAMES, "masks", output_dir=None, crf_preset="mctformer",
-                          model_path="output/stage2_resnet50/model_best.pth.tar")
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.images is not None and args.labels == "gt":
         parser.error("--images has no labels to go by; leave --labels out")

@@ -19,8 +19,13 @@ NAMES = ("model_path", *flags.DATA, "images", *flags.MAPS, "merge", "bg_threshol
 INHERITED = ("dataset", "data_root", "difficult", "max_size", "precision")
 
 
+def build_parser() -> flags.Parser:
+    """The parser of this step."""
+    return flags.Parser(__doc__, NAMES, "deeplab", recipes.DEEPLAB_TEST, output_dir=None)
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = flags.Parser(__doc__, NAMES, "deeplab", recipes.DEEPLAB_TEST, output_dir=None)
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.images is not None and (args.labels == "gt" or args.submission is not None):
         parser.error("--images has no labels to go by, and is no split; leave --labels and --submission out")

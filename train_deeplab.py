@@ -17,8 +17,13 @@ DEFAULTS = {"backbone": "resnet38", "mask_dir": "output/inference", "output_stri
 INHERITED = (*flags.DATA, "max_size", "crop_size", "precision", "seed")
 
 
+def build_parser() -> flags.Parser:
+    """The parser of this step."""
+    return flags.Parser(__doc__, NAMES, "deeplab", recipes.DEEPLAB_TRAINING, **DEFAULTS)
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = flags.Parser(__doc__, NAMES, "deeplab", recipes.DEEPLAB_TRAINING, **DEFAULTS)
+    parser = build_parser()
     args = parser.parse_args(argv)
     parser.settle_head(args.head or parser.flags["head"])
     args.mask_dir = args.mask_dir or DEFAULTS["mask_dir"]

@@ -18,25 +18,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flag:
-    """type: converter, or bool for --x/--no-x.  default: what holds if neither the user nor an upstream record says."""
+    """type: converter, or bool for --x/--no-x.  default: what holds if neither the user nor an upstream record says.
+    rule: in words, how the default follows from the machine, if it does."""
     type: Callable[[str], object]
     help: str
     default: object = None
     choices: tuple[str, ...] | None = None
     nargs: int | str | None = None
     metavar: str | tuple[str, ...] | None = None
+    rule: str | None = None
 
 
 def number(kind: type, low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], float]:
-    """A converter of text to an `int` or `float` from `low` (excluded if `above`) to `high`."""
+    """A converter of text to an `int` or `float` from `low` (excluded if `above`) to `high`; its `bounds` say so."""
     def convert(text: str) -> float:
         value = kind(text)
         if not low <= value <= high or (above and value == low):
-            bounds = f"above {low}" if above else f"at least {low}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be {bounds}"
-                                             + (f" and at most {high}" if high != float("inf") else ""))
+            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be {convert.bounds}")
         return value
     convert.__name__ = "whole number" if kind is int else "number"
+    convert.bounds = (f"above {low}" if above else f"at least {low}") + (
+        f" and at most {high}" if high != float("inf") else "")
     return convert
 
 
@@ -148,7 +150,8 @@ FLAGS = {
                            "AVX512-BF16), else fp32; bf16 is autocast, scores and losses stay float32", "auto",
                       choices=("auto", "fp32", "bf16")),
     "workers": Flag(natural, "processes that read images or run the CRF, for each process of torchrun",
-                    min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))),
+                    min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))),
+                    rule="one for each CPU core, at most 8"),
     "on_bad_image": Flag(str, "an image that cannot be decoded: error ends the run; skip leaves it out, and the record "
                               "names it under failures", "error", choices=("error", "skip")),
     "large_images": Flag(bool, "also read images of more than 178 megapixels, which take gigabytes of memory", False),
@@ -213,10 +216,9 @@ class Parser(argparse.ArgumentParser):
 
     def _declare(self, group: argparse._ArgumentGroup, name: str, flag: Flag, default: object) -> None:
         self.flags[name] = default
-        told = " ".join(map(str, default)) if isinstance(default, (tuple, list)) else default
         text = flag.help
         if default is not None:
-            text += f" (default: {'on' if default is True else 'off' if default is False else told})"
+            text += f" (default: {typed(default)}{f', {flag.rule}' if flag.rule else ''})"
         elif "(default: " not in text:
             text += " (default: inherited or chosen by the step)"
         keywords = {"dest": name, "default": None, "help": text.replace("%", "%%")}
@@ -233,6 +235,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def typed(default: object) -> str:
+    """A default as a user would type it."""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return " ".join(map(str, default)) if isinstance(default, (tuple, list)) else str(default)
 
 
 def _recipe_lines(what: str, recipes: Mapping[str, Mapping[str, object]]) -> list[str]:
