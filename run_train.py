@@ -53,7 +53,7 @@ def stage1(parser: flags.Parser, args: argparse.Namespace) -> int:
     from src.seeds import seed_class
     from src.training.resume import check_run_dir, resumed
     args.pretrained = start.settled_pretrained(args.pretrained, args.backbone or parser.flags["backbone"])
-    args.method = args.method or ("cam" if args.pretrained == "none" else "mixture")
+    args.method = args.method or flags.default_method(args.pretrained)
     flags.resolve(parser, args)
     start.check_network(args)
     args.head_only = args.method == "mixture" if args.head_only is None else args.head_only

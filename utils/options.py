@@ -172,6 +172,9 @@ CRF = ("crf_preset", "crf_gaussian_sxy", "crf_gaussian_compat", "crf_bilateral_s
        "crf_bilateral_compat", "crf_iterations", "crf_backend")
 WALK = ("bg_alpha", "bg_threshold", "beta", "walk_steps", "walk_eps", "radius")
 MACHINE = ("device", "precision", "workers", "on_bad_image", "large_images", "seed", "dry_run")
+# Options that may differ between the parts of one run: they do not change what is computed from good images.
+RESUME_FREE = ("resume", "workers", "device", "dry_run", "tensorboard", "download", "output_dir", "data_root",
+               "cam_dir", "mask_dir", "save_every", "on_bad_image", "overwrite", "large_images")
 GROUPS = {"data": (*DATA, "images", "download"), "network": (*BACKBONE, "head", "model_path"),
           "training": (*TRAINING, "long_side", "cutmix", "head_only"), "maps": ("method", *MAPS, "merge"),
           "affinity labels": ("alpha_low", "alpha_high"), "random walk": WALK, "dense CRF": ("crf", *CRF),
@@ -294,6 +297,11 @@ def resolve(parser: Parser, args: argparse.Namespace, upstream: Mapping[str, obj
         if taken:
             print(f"Defaults of {source}: {_listed(taken)}", file=sys.stderr)
     return args
+
+
+def default_method(pretrained: str) -> str:
+    """The seed method of stage 1 where --method is left out: the mixture needs features of pretrained weights."""
+    return "cam" if pretrained == "none" else "mixture"
 
 
 def print_options(step: str, options: Mapping[str, object]) -> None:

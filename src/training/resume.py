@@ -15,13 +15,10 @@ from utils.checkpoint import load_checkpoint, remove_leftovers
 from utils.datasets.base import Dataset
 from utils.errors import UserError
 from utils.files import short_hash
+from utils.options import RESUME_FREE
 
 if TYPE_CHECKING:
     from src.training.loop import Run
-
-# Options that may differ between the parts of one run: they do not change what is computed from good images.
-RESUME_FREE = ("resume", "workers", "device", "dry_run", "tensorboard", "download", "output_dir", "data_root",
-               "cam_dir", "mask_dir", "save_every", "on_bad_image", "overwrite", "large_images")
 
 
 def check_run_dir(run_dir: str | Path, resume: bool, overwrite: bool) -> None:

@@ -169,7 +169,7 @@ class Layout:
 
     open: function (root: Path, split: str | None, difficult: bool) -> Dataset, where None is the training split.
     data_root: default of --data_root.  test_split: what step 6 tests on by default, or a function of the root that says
-    it; None is the training split.
+    it; None is the training split.  scored_split: what a whole run scores masks on, where not on the training split.
     defaults: {step: {flag: default}}; the steps are "stage1", "stage2", "masks" and "deeplab".
     download: function that fetches the dataset into a folder, or None.  remedy: what to do if there is no such folder.
     """
@@ -179,6 +179,7 @@ class Layout:
     defaults: Mapping[str, Mapping[str, object]] = field(default_factory=lambda: by_step(1024))
     download: Callable[[Path], None] | None = None
     remedy: str = "create it"
+    scored_split: str | None = None
 
     def tested(self, root: str | Path) -> str | None:
         """The split that step 6 tests on by default."""

@@ -208,4 +208,4 @@ def _stamp(path: Path | None) -> tuple[str, str, int, int] | None:
     return path.parent.name, path.name, status.st_size, status.st_mtime_ns
 
 
-VOC = Layout(open_voc, "data/VOCdevkit/VOC2012", "val", by_step(1024, PUBLISHED))
+VOC = Layout(open_voc, "data/VOCdevkit/VOC2012", "val", by_step(1024, PUBLISHED), scored_split="train")
