@@ -1,5 +1,4 @@
 """Step 3: CAMs, walked scores and masks of a split, every expensive result kept; or masks of any image files."""
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from utils.files import load_cam, read_json, save_cam, save_scores, write_json
 from utils.grids import capped_size, resize_image, resize_labels
 from utils.images import SUFFIXES, is_image_name, read_reduced
 from utils.labels import save_mask
-from utils.log import progress
+from utils.log import progress, warn
 from utils.maps import foreground_probability
 from utils.random_walk import walk_frames
 from utils.store import MANIFEST, Folder
@@ -192,8 +191,8 @@ def list_images(path: Path) -> list[Path]:
             raise UserError(f"{path} holds no image ({', '.join(SUFFIXES[:6])}, ...); pass another --images")
         others = [file.name + "/" * file.is_dir() for file, is_one in zip(files, is_image) if not is_one]
         if others and distributed.is_main():
-            print(f"Left out in {path}, as they are no image files: {', '.join(others[:5])}"
-                  + (f" and {len(others) - 5} more" if len(others) > 5 else ""), file=sys.stderr)
+            warn(f"Left out in {path}, as they are no image files: {', '.join(others[:5])}"
+                 + (f" and {len(others) - 5} more" if len(others) > 5 else ""))
         return found
     if not path.is_file():
         raise UserError(f"no image {path}; pass an image or a folder with --images")
@@ -261,7 +260,7 @@ def _write_results(pipeline: Pipeline | DeepLabPipeline, file: Path, out: Path, 
     except ImageError as error:
         if not pipeline.machine.skip_bad:
             raise
-        print(f"Skipping {file}: {error}", file=sys.stderr)
+        warn(f"Skipping {file}: {error}")
         return
     if walks:
         cam = pipeline.cam(image)

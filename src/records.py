@@ -1,12 +1,12 @@
 """Checkpoints against what they are to be used with: the classes of a dataset, the CAMs of a folder."""
 import hashlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 
 from models.weights import load_model
 from utils.datasets.base import Dataset
 from utils.errors import UserError
+from utils.log import say
 from utils.options import NETWORK
 from utils.store import read_manifest
 
@@ -67,7 +67,7 @@ def open_checkpoint(path: str, cam_dir: str, steps: Sequence[str] = ("stage2",))
         source = manifest["options"]["model_path"]
         classifier = load_model(source, ("stage1",))
         check_same_classifier(classifier, manifest, source, cam_dir)
-        print(f"Taking the classifier from {source}, which made the CAMs in {cam_dir}", file=sys.stderr)
+        say(f"Taking the classifier from {source}, which made the CAMs in {cam_dir}")
         payload = {**payload, "classes": classifier["classes"], "options": {**manifest["options"], "cam_dir": cam_dir},
                    "networks": {**payload["networks"], **classifier["networks"]}}
     return payload

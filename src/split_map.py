@@ -1,5 +1,4 @@
 """One map of work over a split into a folder: what is pending, progress, failures, the manifest."""
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,7 +7,7 @@ from utils.config import Machine
 from utils.datasets.base import Dataset
 from utils.errors import ImageError
 from utils.loader import Views, WholeImages, equal_batches, whole_image_loader
-from utils.log import progress
+from utils.log import progress, say
 from utils.parallel import map_parallel
 from utils.store import Folder, made_of
 
@@ -30,7 +29,7 @@ def map_split(dataset: Dataset, folder: Folder, work: Callable[[Dataset], Failur
     """
     dataset = dataset if parent is None else made_of(dataset, parent)
     if keep and folder.holds(dataset):
-        print(f"Using {folder.path}: made with the same networks, options and data", file=sys.stderr)
+        say(f"Using {folder.path}: made with the same networks, options and data")
         return made_of(dataset, folder.path)
     pending = folder.begin(dataset)
     if len(pending):

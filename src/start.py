@@ -14,7 +14,7 @@ from utils.config import Machine
 from utils.crf import CRF, PRESETS, CRFParams, settle_backend
 from utils.datasets.base import Dataset
 from utils.errors import UserError
-from utils.log import environment
+from utils.log import environment, say, warn
 from utils.options import pick_device, print_options
 from utils.precision import settle_precision, told
 from utils.store import run_dir
@@ -23,8 +23,8 @@ from utils.store import run_dir
 def settled_pretrained(pretrained: str | None, backbone: str) -> str:
     """--pretrained; left out, ImageNet weights, or random ones, with a warning, where there are none to be fetched."""
     if pretrained is None and find_backbone(backbone).imagenet is None:
-        print(f"WARNING: no ImageNet weights of {backbone} can be fetched, and --pretrained names no file: training "
-              "starts from RANDOM weights; results will be much worse", file=sys.stderr)
+        warn(f"WARNING: no ImageNet weights of {backbone} can be fetched, and --pretrained names no file: training "
+             "starts from RANDOM weights; results will be much worse")
         return "none"
     return pretrained or "imagenet"
 
@@ -73,10 +73,9 @@ def begin(step: str, args: argparse.Namespace, machine: Machine, dataset: Datase
     facts = environment(machine.device)
     dirty = " with changes" if facts["git_dirty"] else ""
     place = facts["device_name"] + (f" in {distributed.world()} processes" if distributed.world() > 1 else "")
-    print(f"  torch {facts['torch']} on {place}, {told(machine.precision, machine.device)}, "
-          f"commit {(facts['git_commit'] or 'none')[:10]}{dirty}"
-          + (f", {len(dataset)} images, {len(dataset.classes)} classes" if dataset is not None else ""),
-          file=sys.stderr)
+    say(f"  torch {facts['torch']} on {place}, {told(machine.precision, machine.device)}, "
+        f"commit {(facts['git_commit'] or 'none')[:10]}{dirty}"
+        + (f", {len(dataset)} images, {len(dataset.classes)} classes" if dataset is not None else ""))
     if args.dry_run:
         print("Dry run: everything checked, nothing done.", file=sys.stderr)
     return not args.dry_run

@@ -1,6 +1,5 @@
 """Stage 1, the CAM classifier, and stage 2, AffinityNet: what is trained, on what, with which loss."""
 import copy
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,7 +31,7 @@ from utils.files import write_json
 from utils.grids import snapped_size
 from utils.labels import read_mask
 from utils.loader import TrainingSamples, Views, WholeImages, whole_image_loader
-from utils.log import environment, progress
+from utils.log import environment, progress, say, warn
 from utils.metrics import average_precision
 from utils.random_walk import half_disc
 from utils.store import Folder, made_of, read_manifest
@@ -50,7 +49,7 @@ def initialise(network: Network, backbone: str, pretrained: str, freeze: int, bn
     Returns the names of the modules that came from the file, relative to the backbone.
     """
     loaded, line = load_pretrained(network.backbone, backbone, pretrained)
-    print(line, file=sys.stderr)
+    say(line)
     network.freeze(freeze if loaded else 0, bn, loaded)
     return loaded
 
@@ -134,7 +133,7 @@ def run_stage1(dataset: Dataset, plan: ClassifierPlan, machine: Machine, out: Pa
     loaded = initialise(network, plan.backbone.backbone, plan.pretrained, config.freeze, config.bn)
     last = deepest_loaded(network.backbone, loaded)
     if plan.head_only and last != network.last:
-        print(f"The head reads {last}: the weights end there", file=sys.stderr)
+        say(f"The head reads {last}: the weights end there")
         how["last"] = last
         network = Classifier(network.backbone, len(dataset.classes), bias=True, last=last)
     how["seed"] = plan.seed.record(plan.settings)
@@ -298,8 +297,8 @@ def run_stage2(dataset: Dataset, classifier: dict, plan: AffinityPlan, machine: 
     dataset = _affinity_labels(dataset, plan, machine, folder, options)
     read = partial(read_label, folder=folder.path)
     if not any((read(dataset, i) % 255).any() for i in range(len(dataset))):  # 255: not confident
-        print(f"WARNING: no affinity label in {folder.path} has any foreground: the CAMs fire nowhere, or --alpha_low "
-              "is too low; AffinityNet will learn nothing of objects", file=sys.stderr)
+        warn(f"WARNING: no affinity label in {folder.path} has any foreground: the CAMs fire nowhere, or --alpha_low "
+             "is too low; AffinityNet will learn nothing of objects")
     learn, held = split_holdout(dataset, config.val_fraction, config.seed)
     augmentation = Augmentation(rounded_crop(config.crop_size), max_size=config.max_size,
                                 normalise=network.backbone.normalise)

@@ -574,6 +574,34 @@ def test_resuming_drops_what_was_logged_after_the_state_was_saved(tmp_path):
     assert not list(tmp_path.glob(".*.tmp")), "what a killed run left is still there"
 
 
+def events(folder, tag):
+    """{step: value} of a tag of TensorBoard, as its own reader has them."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    found = EventAccumulator(str(folder)).Reload()
+    return {event.step: event.value for event in found.Scalars(tag)}
+
+
+def test_tensorboard_reads_what_the_log_has_also_after_resuming(tmp_path):
+    pytest.importorskip("tensorboard")
+    with pytest.raises(Interrupted):
+        run(tmp_path, tiny_task(interrupting(4)), tensorboard=True)
+    run(tmp_path, tiny_task(), tensorboard=True, resume=True)
+    for tag, name in (("train/loss", "loss"), ("train/twice", "twice"), ("train/lr", "lr"),
+                      ("train/grad_norm", "grad_norm"), ("train/images_per_second", "images_per_second")):
+        logged = {line["step"]: pytest.approx(line[name], rel=1e-3, abs=0.01) for line in step_lines(tmp_path)}
+        assert events(tmp_path, tag) == logged, f"{tag}: {events(tmp_path, tag)}, logged {step_lines(tmp_path)}"
+    means = {(line["epoch"] + 1) * STEPS: pytest.approx(line["validation"]["score"], rel=1e-5)
+             for line in lines(tmp_path) if "validation" in line}
+    assert events(tmp_path, "validation/score") == means, events(tmp_path, "validation/score")
+
+
+def test_tensorboard_that_is_not_installed_is_named_with_its_remedy(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="--tensorboard needs the tensorboard package; run: pip install tensorboard"):
+        run(tmp_path, tiny_task(), tensorboard=True)
+
+
 CHANGES = {"lr": (0.03, "lr was 0.02, is 0.03"), "scales": ([1.0], "scales was 0.5,1.0, is 1.0"),
            "epochs": (4, "epochs was 3, is 4"), "batch_size": (5, "batch_size was 4, is 5"), "seed": (0, "seed was 3")}
 

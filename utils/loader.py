@@ -3,7 +3,6 @@ import atexit
 import json
 import multiprocessing
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ from utils.config import Machine
 from utils.datasets.base import Dataset
 from utils.errors import ImageError, UserError
 from utils.grids import capped_size, resize_image, resize_labels, snapped_size
+from utils.log import warn
 from utils.transforms import IMAGENET, Augmentation, Normalise
 
 Read = Callable[[Dataset, int], np.ndarray]  # (split, position) -> label map uint8 (H, W); picklable
@@ -161,7 +161,7 @@ class WholeImageLoader(Loader):
         for item in super().__iter__():
             if "failure" in item:
                 image_id = self.dataset.dataset.ids[item["index"]]
-                print(f"Skipping {image_id}: {item['failure']}", file=sys.stderr)
+                warn(f"Skipping {image_id}: {item['failure']}")
                 self.dataset.failures[image_id] = item["failure"]
             else:
                 yield item

@@ -1,4 +1,4 @@
-"""What a run reports: its environment, one JSON line per event, progress bars, TensorBoard.  No torch at the top."""
+"""What a run reports: lines, progress, its environment, one JSON line per event, TensorBoard.  No torch at the top."""
 from __future__ import annotations
 
 import contextlib
@@ -7,9 +7,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from tqdm import tqdm
 
@@ -21,6 +21,37 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
+
+# --- lines on stderr -------------------------------------------------------------------------------------------------
+
+LEVELS = ("error", "warning", "info", "debug")
+LINE_SECONDS = 30
+_shown = {"level": "info"}
+
+
+def set_level(level: str) -> None:
+    """Choose what this process prints on stderr besides errors: one of LEVELS, with all before it."""
+    _shown["level"] = level
+
+
+def shows(level: str) -> bool:
+    """Whether lines of a level are printed."""
+    return LEVELS.index(level) <= LEVELS.index(_shown["level"])
+
+
+def say(text: str) -> None:
+    """Print what a run does and from what, a line that nobody has to read."""
+    if shows("info"):
+        print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """Print a line that may mean that a result is not what the user expects."""
+    if shows("warning"):
+        print(text, file=sys.stderr, flush=True)
+
+
+# --- what a run reports ----------------------------------------------------------------------------------------------
 
 def environment(device: torch.device | None = None) -> dict[str, str | bool | None]:
     """What is recorded beside every result: git commit, whether there were uncommitted changes, torch version, device.
@@ -39,13 +70,50 @@ def _git(*words: str) -> str:
         return ""
 
 
-def progress(iterable: Iterable[Item], description: str, total: int | None = None, unit: str = "image") -> tqdm[Item]:
-    """Iterate with a bar on stderr: count, rate and time left; where stderr is a file, one line per half minute.
+def progress(iterable: Iterable[Item], description: str, total: int | None = None, unit: str = "image"
+             ) -> tqdm[Item] | Lines[Item]:
+    """Iterate with a bar on stderr: count, rate and time left; where stderr is no terminal, with `Lines`.
 
-    total: length of the iterable, if it has no len() of its own.
+    total: length of the iterable, if it has no len() of its own.  Below the level "info" nothing is shown.
     """
-    return tqdm(iterable, desc=description, total=total, unit=unit, dynamic_ncols=True, file=sys.stderr,
-                mininterval=0.5 if sys.stderr.isatty() else 30)
+    if sys.stderr.isatty() or not shows("info"):
+        return tqdm(iterable, desc=description, total=total, unit=unit, dynamic_ncols=True, file=sys.stderr,
+                    mininterval=0.5, disable=not shows("info"))
+    return Lines(iterable, description, total, f"{unit}s")
+
+
+class Lines(Generic[Item]):
+    """Progress for files and logs: one whole line per half minute, and one at the end."""
+
+    def __init__(self, iterable: Iterable[Item], description: str, total: int | None, units: str):
+        self.iterable, self.description, self.units, self.more = iterable, description, units, ""
+        self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+
+    def __iter__(self) -> Iterator[Item]:
+        started = told = time.monotonic()
+        count = 0
+        for count, item in enumerate(self.iterable, start=1):
+            yield item
+            now = time.monotonic()
+            if now - told >= LINE_SECONDS and count != self.total:
+                told = now
+                self._tell(count, now - started)
+        if count:
+            self._tell(count, time.monotonic() - started, done=True)
+
+    def set_postfix_str(self, text: str, refresh: bool = False) -> None:
+        """What the next line ends with."""
+        self.more = f" | {text}"
+
+    def _tell(self, count: int, seconds: float, done: bool = False) -> None:
+        rate = count / max(seconds, 1e-9)
+        speed = f"{rate:.1f} {self.units}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+        of = f"/{self.total}" if self.total is not None else ""
+        if done:
+            left = f", {duration(seconds)}"
+        else:
+            left = f", {duration((self.total - count) / rate)} left" if self.total is not None else ""
+        say(f"{self.description}: {count}{of} {self.units}, {speed}{left}{self.more}")
 
 
 def memory_gb(device: torch.device) -> float:
@@ -124,7 +192,7 @@ class NoBoard:
 
 
 def tensorboard(folder: str | Path, step: int) -> SummaryWriter:
-    """A writer of TensorBoard events that drops what an earlier, killed run wrote from `step` on.
+    """A writer of TensorBoard events that drops what an earlier, killed run wrote from `step` on, the next to come.
 
     Raises UserError if the tensorboard package is missing.
     """

@@ -1,15 +1,15 @@
 """Every flag of the scripts, declared once: its type, unit, meaning, default and group."""
 import argparse
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from utils import distributed
+from utils import distributed, log
 from utils.datasets import DATASETS
 from utils.errors import UserError
 from utils.images import allow_large_images
+from utils.log import LEVELS, say
 from utils.recipes import METHODS
 
 if TYPE_CHECKING:
@@ -158,6 +158,9 @@ FLAGS = {
     "seed": Flag(natural, "seed of everything random", 0),
     "resume": Flag(bool, "go on from checkpoint.pth.tar of the output folder", False),
     "dry_run": Flag(bool, "check everything, print the options and stop", False),
+    "log_level": Flag(str, "what is printed besides results and errors: error = nothing; warning = warnings; info = "
+                           "also the options, what is used again, and progress; debug = also where an error arose",
+                      "info", choices=LEVELS),
     "tensorboard": Flag(bool, "also write TensorBoard events (needs the tensorboard package)", False),
 }
 
@@ -171,10 +174,10 @@ MAPS = ("scales", "flip", "labels")
 CRF = ("crf_preset", "crf_gaussian_sxy", "crf_gaussian_compat", "crf_bilateral_sxy", "crf_bilateral_srgb",
        "crf_bilateral_compat", "crf_iterations", "crf_backend")
 WALK = ("bg_alpha", "bg_threshold", "beta", "walk_steps", "walk_eps", "radius")
-MACHINE = ("device", "precision", "workers", "on_bad_image", "large_images", "seed", "dry_run")
+MACHINE = ("device", "precision", "workers", "on_bad_image", "large_images", "seed", "dry_run", "log_level")
 # Options that may differ between the parts of one run: they do not change what is computed from good images.
 RESUME_FREE = ("resume", "workers", "device", "dry_run", "tensorboard", "download", "output_dir", "data_root",
-               "cam_dir", "mask_dir", "save_every", "on_bad_image", "overwrite", "large_images")
+               "cam_dir", "mask_dir", "save_every", "on_bad_image", "overwrite", "large_images", "log_level")
 GROUPS = {"data": (*DATA, "images", "download"), "network": (*BACKBONE, "head", "model_path"),
           "training": (*TRAINING, "long_side", "cutmix", "head_only"), "maps": ("method", *MAPS, "merge"),
           "affinity labels": ("alpha_low", "alpha_high"), "random walk": WALK, "dense CRF": ("crf", *CRF),
@@ -231,6 +234,13 @@ class Parser(argparse.ArgumentParser):
             choices = tuple(DATASETS) if name == "dataset" else flag.choices
             keywords.update(type=flag.type, choices=choices, nargs=flag.nargs, metavar=flag.metavar)
         group.add_argument(f"--{name}", **keywords)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+                   ) -> argparse.Namespace:
+        """As usual; from then on, this process prints what --log_level says."""
+        found = super().parse_args(args, namespace)
+        log.set_level(getattr(found, "log_level", None) or "info")
+        return found
 
     def settle_head(self, head: str) -> None:
         """Take the defaults of one of DeepLab's heads, once it is known."""
@@ -291,11 +301,11 @@ def resolve(parser: Parser, args: argparse.Namespace, upstream: Mapping[str, obj
     if getattr(args, "large_images", False):
         allow_large_images()
     if inherited:
-        print(f"Inherited {_listed(inherited)} from {source}", file=sys.stderr)
+        say(f"Inherited {_listed(inherited)} from {source}")
     for source, recipe in ((f"--dataset {dataset}", by_dataset), (f"--method {method}", by_method)):
         taken = {name: value for name, value in recipe.items() if name in open_flags and name not in inherited}
         if taken:
-            print(f"Defaults of {source}: {_listed(taken)}", file=sys.stderr)
+            say(f"Defaults of {source}: {_listed(taken)}")
     return args
 
 
@@ -307,7 +317,7 @@ def default_method(pretrained: str) -> str:
 def print_options(step: str, options: Mapping[str, object]) -> None:
     """Print the resolved options in one block."""
     values = {name: value for name, value in sorted(options.items()) if value is not None}
-    print(f"{step}\n  " + "  ".join(f"{name}={_told(value)}" for name, value in values.items()), file=sys.stderr)
+    say(f"{step}\n  " + "  ".join(f"{name}={_told(value)}" for name, value in values.items()))
 
 
 def pick_device(name: str) -> "torch.device":

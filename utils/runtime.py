@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from utils import distributed
+from utils import distributed, log
 from utils.errors import UserError
 
 GRACE = 3  # seconds that ranks above 0 wait before they print an error
@@ -69,6 +69,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt as error:
         _end(128 + getattr(error, "number", 2), "Interrupted.")
     except (UserError, OSError) as error:
+        if log.shows("debug"):
+            traceback.print_exc()
         _end(1, f"Error: {one_line(error)}")
     except Exception as error:
         if distributed.world() == 1:

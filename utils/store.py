@@ -1,7 +1,6 @@
 """Folders of one file per image whose manifest.json says what the files are, and from which data they were made."""
 import json
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from utils import distributed
 from utils.datasets.base import Dataset
 from utils.errors import ImageError, UserError
 from utils.files import file_hash, read_json, write_json
+from utils.log import say, warn
 
 MANIFEST = "manifest.json"
 STEP_COMMAND = {"cam": "python run_train.py --stage 1", "walk": "python run_inference.py",
@@ -36,7 +36,7 @@ def chosen_checkpoint(path: str | None, step: str, default: str | None = None) -
                         "with --model_path")
     if not Path(path).is_file():
         raise UserError(f"no checkpoint {path}; run the step that writes it, or pass its path")
-    print(f"Using {path}", file=sys.stderr, flush=True)
+    say(f"Using {path}")
     return path
 
 
@@ -211,7 +211,7 @@ def made_of(dataset: Dataset, folder: str | Path) -> Dataset:
     failed = [image_id for image_id in dataset.ids if image_id in reasons]
     if not failed:
         return dataset
-    print(f"Leaving out {len(failed)} images that {folder} was made without, such as {failed[0]}", file=sys.stderr)
+    warn(f"Leaving out {len(failed)} images that {folder} was made without, such as {failed[0]}")
     return dataset.without(failed)
 
 

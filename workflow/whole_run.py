@@ -1,6 +1,6 @@
 """A whole run: the six steps one after the other, as their own scripts; done ones are skipped, stopped ones go on.
 
-    python -m workflow.whole_run --dataset voc --data_root data/VOCdevkit/VOC2012 --backbone efficientnet_lite2 --step 5 --epochs 30
+    python -m workflow.whole_run --dataset voc --data_root data/VOCdevkit/VOC2012 --seed 1 --step 5 --epochs 30
 
 Takes the flags of all steps (docs/flags.md) and passes each to every step that knows it; flags after --step N are for
 step N alone. --split, --ids and --labels say how masks are made, so that without --step 6 they leave the test alone;

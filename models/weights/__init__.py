@@ -1,5 +1,4 @@
 """Weights from files: what a file is, its tensors in our names, and ours in published names."""
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from models.weights.records import Record, build_network, check_shapes, outline,
 from utils import distributed
 from utils.checkpoint import check_step, is_checkpoint, read_tensors
 from utils.errors import UserError
+from utils.log import say
 
 __all__ = ["Weights", "as_checkpoint", "build_network", "check_pretrained", "describe", "export", "load_model",
            "load_pretrained", "open_weights", "pack", "summary", "translate", "unpack"]
@@ -230,7 +230,7 @@ def _complete(record: Record, weights: Weights) -> State:
                         "fetch it again, or pass it as --pretrained")
     check_shapes(own, state, path)
     unknown = [name.removeprefix("backbone.") for name in record["state"] if name not in own]
-    print(_table(f"{path}: {weights.title}", state, [], unknown + weights.ignored), file=sys.stderr)
+    say(_table(f"{path}: {weights.title}", state, [], unknown + weights.ignored))
     return {name: state[name].to(own[name].dtype) if name in state else torch.zeros_like(own[name], device="cpu")
             for name in own}
 

@@ -13,7 +13,6 @@ The result is one 1x1 convolution. The combination is this project's own; it is 
 """
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Self
 
@@ -24,6 +23,7 @@ from models.classifier import Classifier
 from src.seeds.cam import Plan, Reader, Seed, needs_pretrained, sum_views, unit_maximum
 from utils.errors import UserError
 from utils.grids import Size, resize_tensor
+from utils.log import say
 
 RIDGE = 0.3  # of the mean variance, added to the covariance's diagonal
 ITERATIONS = 100
@@ -90,7 +90,7 @@ class CommonObject(Seed):
             raise UserError("no image has a label; --method common needs labelled images, use --method cam")
         descriptors, classes, cams = (torch.cat(parts) for parts in zip(*samples))
         ratio = self.fit_descriptors(descriptors, classes, cams)
-        print(f"Common object: fitted to {len(descriptors)} descriptors, {ratio:.0%} of them object", file=sys.stderr)
+        say(f"Common object: fitted to {len(descriptors)} descriptors, {ratio:.0%} of them object")
 
     def fit_descriptors(self, descriptors: torch.Tensor, classes: torch.Tensor, cam: torch.Tensor) -> float:
         """descriptors: (N, D) float32.  classes: (N,) int, a class of the image each came from.  cam: (N,) float, that

@@ -9,7 +9,6 @@ it is one 1x1 convolution, and the map of a class is the posterior of its compon
 """
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from models.classifier import Classifier
 from src.seeds.cam import CamConfig, Plan, Reader, Seed, needs_pretrained, sum_views, unit_maximum
 from utils.errors import UserError
 from utils.grids import Size, resize_tensor
+from utils.log import say
 
 BACKGROUND, PER_CLASS = 6, 2  # components, of all classes together and of each
 FITS = 3           # from different starts; their posteriors are averaged, as EM ends where it began
@@ -155,8 +155,8 @@ class Mixture(Seed):
                 share = self._maximise(cells, before, own, rng, fit)
             shares.append(f"{share:.0%}")
         self.to(home)
-        print(f"Mixture: fitted to {len(cells)} cells of {len(samples)} images; foreground by each of {FITS} fits: "
-              f"{', '.join(shares)}", file=sys.stderr)
+        say(f"Mixture: fitted to {len(cells)} cells of {len(samples)} images; foreground by each of {FITS} fits: "
+            f"{', '.join(shares)}")
 
     def _sample(self, features: Mapping[str, torch.Tensor], cam: torch.Tensor, keys: np.ndarray,
                 draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.files import write_json
 from utils.interrupt import Interrupt, Interrupted
 from utils.loader import EpochBatches, TrainingSamples, training_loader
-from utils.log import JsonLog, NoBoard, NoLog, duration, environment, memory_gb, progress, tensorboard
+from utils.log import JsonLog, NoBoard, NoLog, duration, environment, memory_gb, progress, say, tensorboard, warn
 
 DIVERGED = 1e3  # mean loss of an epoch; at the start, all losses here are of order 1
 Batch = Mapping[str, torch.Tensor]
@@ -208,7 +208,7 @@ class Run:
         for name, value in scores.items():
             self.board.add_scalar(f"validation/{name}", value, self.global_step())
         told = "  ".join(f"{name} {value:.4f}" for name, value in {**means, **scores}.items())
-        print(f"{self.task.step} epoch {self.epoch + 1}/{self.config.epochs} | {told}", file=sys.stderr)
+        say(f"{self.task.step} epoch {self.epoch + 1}/{self.config.epochs} | {told}")
         self.failures = distributed.gather_dict(self.failures, self.task.samples.dataset.ids)
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
         score = -math.inf if math.isnan(scores["score"]) else scores["score"]  # no score is the worst one
@@ -259,7 +259,9 @@ class Run:
         """Open log.jsonl, from byte `size` on, and TensorBoard, both in rank 0 alone."""
         main = distributed.is_main()
         self.log = JsonLog(self.run_dir / "log.jsonl", size) if main else NoLog()
-        self.board = (tensorboard(self.run_dir, self.global_step()) if main and self.config.tensorboard else NoBoard())
+        self.board = NoBoard()
+        if main and self.config.tensorboard:
+            self.board = tensorboard(self.run_dir, self.global_step() + 1)
         with contextlib.closing(self.log), contextlib.closing(self.board):
             yield
 
@@ -274,7 +276,7 @@ class Run:
         """Remember which images were passed over (--on_bad_image skip), and say so once of each."""
         for image_id, reason in {key: value for text in texts for key, value in json.loads(text).items()}.items():
             if image_id not in self.failures:
-                print(f"Skipping {image_id}: {reason}", file=sys.stderr)
+                warn(f"Skipping {image_id}: {reason}")
             self.failures[image_id] = reason
 
     def _log_step(self, terms: dict[str, float], bar: object, pace: "Pace") -> None:
@@ -286,8 +288,8 @@ class Run:
                        **terms)
         numbers = " ".join(f"{name} {value:.4f}" for name, value in terms.items())
         lrs = " ".join(f"{rate:.1e}" for rate in sorted(set(rates)))
-        bar.set_postfix_str(f"{numbers} | lr {lrs} | {pace.rate:.1f} img/s | {memory:.1f} GB | {duration(left)} left",
-                            refresh=False)
+        bar.set_postfix_str(f"{numbers} | lr {lrs} | {pace.rate:.1f} img/s | {memory:.1f} GB | training: "
+                            f"{duration(left)} left", refresh=False)
         for name, value in {**terms, "lr": rates[0], "images_per_second": pace.rate}.items():
             self.board.add_scalar(f"train/{name}", value, self.global_step())
 

@@ -15,6 +15,7 @@ from utils.checkpoint import load_checkpoint, remove_leftovers
 from utils.datasets.base import Dataset
 from utils.errors import UserError
 from utils.files import short_hash
+from utils.log import say
 from utils.options import RESUME_FREE
 
 if TYPE_CHECKING:
@@ -75,10 +76,10 @@ def restore(run: Run, path: Path) -> int:
     if distributed.is_main():
         remove_leftovers(path)
         remove_leftovers(path.with_name("model_best.pth.tar"))
-    print(f"Resuming {path} at epoch {run.epoch + 1}, step {run.step}", file=sys.stderr)
+    say(f"Resuming {path} at epoch {run.epoch + 1}, step {run.step}")
     if payload.get("processes", 1) != distributed.world():
-        print(f"It was made by {payload.get('processes', 1)} processes and goes on with {distributed.world()}: the "
-              "same batches, rounded otherwise", file=sys.stderr)
+        say(f"It was made by {payload.get('processes', 1)} processes and goes on with {distributed.world()}: the "
+            "same batches, rounded otherwise")
     return payload.get("log_size", sys.maxsize)
 
 

@@ -1,5 +1,4 @@
 """Dense conditional random field on one image (Kraehenbuhl & Koltun 2011). No torch at the top: workers import it."""
-import sys
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
@@ -7,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.errors import UserError
+from utils.log import say
 
 PROBABILITY_FLOOR = 1e-5  # keeps the unary energy -log p finite: at most 11.5
 BACKENDS = ("pydensecrf", "torch")
@@ -112,8 +112,8 @@ def settle_backend(name: str, tell: bool = True) -> str:
         if name == "pydensecrf":
             raise UserError(f"--crf_backend pydensecrf, but {error}") from None
         if tell:
-            print("pydensecrf cannot be imported: the dense CRF runs in torch (--crf_backend torch), with the same "
-                  "results", file=sys.stderr)
+            say("pydensecrf cannot be imported: the dense CRF runs in torch (--crf_backend torch), with the same "
+                "results")
         return "torch"
     return "pydensecrf"
 

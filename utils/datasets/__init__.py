@@ -1,5 +1,4 @@
 """Datasets behind one interface.  A new one is a file here, with a `Layout`, and a line in DATASETS."""
-import sys
 from pathlib import Path
 
 from utils import distributed
@@ -12,6 +11,7 @@ from utils.datasets.lists import plain, read_lines
 from utils.datasets.pet import PET
 from utils.datasets.voc import VOC
 from utils.errors import UserError
+from utils.log import say, warn
 
 __all__ = ["DATASETS", "Dataset", "Layout", "open_dataset", "open_split"]
 
@@ -40,8 +40,8 @@ def open_dataset(config: DataConfig) -> Dataset:
         keep = [i for i in keep if dataset.ids[i] in wanted]
         others = len(wanted) - len(keep)
         if keep and others:
-            print(f"WARNING: {others} of the {len(wanted)} ids in {config.ids} are not in split {dataset.split} of "
-                  f"{root}", file=sys.stderr)
+            warn(f"WARNING: {others} of the {len(wanted)} ids in {config.ids} are not in split {dataset.split} of "
+                 f"{root}")
     dataset = dataset.subset(keep[:config.limit])
     if not dataset.ids:
         chosen = f" among the ids of {config.ids}" if config.ids is not None else ""
@@ -58,8 +58,7 @@ def open_split(config: DataConfig) -> Dataset:
     together.  No torch is imported, so that a wrong folder is known at once."""
     with distributed.main_first():  # what it downloads or parses is there for the others
         dataset = open_dataset(config)
-    print(f"Split {dataset.split} of {dataset.root}: {len(dataset)} images, {len(dataset.classes)} classes",
-          file=sys.stderr, flush=True)
+    say(f"Split {dataset.split} of {dataset.root}: {len(dataset)} images, {len(dataset.classes)} classes")
     check_against_labels(dataset)
     return dataset
 

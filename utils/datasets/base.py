@@ -1,7 +1,6 @@
 """A split of a dataset: its ids, labels, images and ground truth; and what a new dataset has to provide."""
 import json
 import os
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,6 +15,7 @@ from utils.errors import UserError
 from utils.files import short_hash
 from utils.images import image_size, missing_image, read_image, read_reduced
 from utils.labels import IGNORE, read_mask
+from utils.log import say
 from utils.recipes import by_step
 
 # (image id, its row of labels) -> (where the mask comes from, for messages; mask, uint8 (H, W)).  May have two methods:
@@ -158,9 +158,8 @@ _told = set()  # datasets whose rule on orientation this process has stated
 def _tell_rule(name: str, displayed: bool, path: Path, orientation: int) -> None:
     if name not in _told:
         _told.add(name)
-        print(f"Note: {path} has EXIF orientation {orientation}; images of --dataset {name} are read as "
-              f"{'displayed' if displayed else 'stored'}, where the size of their ground truth does not say otherwise",
-              file=sys.stderr)
+        say(f"Note: {path} has EXIF orientation {orientation}; images of --dataset {name} are read as "
+            f"{'displayed' if displayed else 'stored'}, where the size of their ground truth does not say otherwise")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ its class and its run-length encoding, 3 to 10 times smaller than the polygons.
 import functools
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from utils.datasets.lists import check_ids, check_names, check_tree, image_files
 from utils.errors import UserError
 from utils.files import cached_arrays, file_stamp
 from utils.labels import IGNORE
-from utils.log import progress
+from utils.log import progress, say, warn
 from utils.recipes import PUBLISHED, by_step
 
 Table = dict[str, np.ndarray]
@@ -143,7 +142,7 @@ def _open_annotations(source: str, stamp: tuple[str, int, int]) -> Table:
 
 
 def _parse(source: Path) -> Table:
-    print(f"Parsing {source}: once, it is then read from output/cache", file=sys.stderr)
+    say(f"Parsing {source}: once, it is then read from output/cache")
     content = _read_json(source)
     index, names = _categories(content["categories"], source)
     row, stems, sizes = _images(content["images"], source)
@@ -162,8 +161,7 @@ def _parse(source: Path) -> Table:
                 found.append((place, category, annotation.get("iscrowd") in (1, True), code))
     empty = len(content["annotations"]) - len(found)
     if empty:
-        print(f"WARNING: {source}: {empty} objects without any area (polygons of fewer than three points) are left out",
-              file=sys.stderr)
+        warn(f"WARNING: {source}: {empty} objects without any area (polygons of fewer than three points) are left out")
     encoded = [code for *_, code in found]
     counts = np.bincount([place for place, *_ in found], minlength=len(stems)) if found else np.zeros(len(stems), int)
     return {"classes": np.array(names),

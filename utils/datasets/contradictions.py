@@ -1,5 +1,4 @@
 """Whether ground truth and image labels can be of the same images: a look at a sample, before any work."""
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +8,7 @@ from utils import distributed
 from utils.datasets.base import Dataset
 from utils.errors import UserError
 from utils.labels import IGNORE
+from utils.log import warn
 
 SAMPLE = 64    # images looked at
 FEW = 3        # of fewer masks nothing is refused: one photo may well show a crowd alone
@@ -48,13 +48,13 @@ def check_against_labels(dataset: Dataset) -> None:
         raise UserError(f"{dataset.root}: {wrong}")
     if wrong:
         if distributed.is_main():
-            print(f"WARNING: {dataset.root}: {wrong}", file=sys.stderr)
+            warn(f"WARNING: {dataset.root}: {wrong}")
         return
     for images, one, other in ((found.unnamed, "mask shows", "labels lack"), (found.unshown, "labels name",
                                                                               "mask lacks")):
         if len(images) > DOUBTFUL * found.seen and distributed.is_main():
-            print(f"WARNING: {dataset.root}: {_told(images, found.seen, one, other)}; for all of them: python -m "
-                  f"utils.datasets {dataset.root} --dataset {dataset.name} --split {dataset.split}", file=sys.stderr)
+            warn(f"WARNING: {dataset.root}: {_told(images, found.seen, one, other)}; for all of them: python -m "
+                 f"utils.datasets {dataset.root} --dataset {dataset.name} --split {dataset.split}")
 
 
 def _what_cannot_be(found: Findings, classes: Sequence[str]) -> str:

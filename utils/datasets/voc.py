@@ -10,7 +10,6 @@
         dataset/{train,val}.txt, cls/<id>.mat
 """
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from utils.datasets.lists import check_ids, check_tree, image_files, plain, read
 from utils.errors import UserError
 from utils.files import cached_arrays
 from utils.images import is_image_name
-from utils.log import progress
+from utils.log import progress, say
 from utils.recipes import PUBLISHED, by_step
 
 CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -91,8 +90,8 @@ def _built_trainaug(root: Path, sbd: Path | None) -> list[str]:
     train, val = (_ids(root, name, None) for name in ("train", "val"))
     sbd_train, sbd_val = (read_lines(sbd / f"{name}.txt") for name in ("train", "val"))
     ids = sorted({*train, *sbd_train, *sbd_val} - set(val))
-    print(f"Split trainaug: {len(ids)} images, built from the train ({len(sbd_train)}) and val ({len(sbd_val)}) lists "
-          f"of {sbd} and VOC's train ({len(train)}), without VOC's val ({len(val)})", file=sys.stderr)
+    say(f"Split trainaug: {len(ids)} images, built from the train ({len(sbd_train)}) and val ({len(sbd_val)}) lists "
+        f"of {sbd} and VOC's train ({len(train)}), without VOC's val ({len(val)})")
     return ids
 
 
