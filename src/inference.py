@@ -24,7 +24,7 @@ from utils.log import progress, warn
 from utils.maps import foreground_probability
 from utils.random_walk import walk_frames
 from utils.store import MANIFEST, Folder
-from utils.visualize import heatmap, overlay, overlay_mask, save_gif, save_picture
+from utils.visualize import heatmap, named_overlay, overlay, save_gif, save_picture
 
 LEDGER = "wsss_images.json"  # in a folder of --images: which files there are results
 OVERLAY = 2048  # pixels of the long side that an overlay of a larger photo keeps at least
@@ -270,6 +270,7 @@ def _write_results(pipeline: Pipeline | DeepLabPipeline, file: Path, out: Path, 
         keys, scores = pipeline.scores(image)
     mask = decide(image, keys, scores, how.crf, how.max_size, how.bg_threshold, size)
     save_mask(out / f"{name}.png", mask)
-    save_picture(out / f"{name}_overlay.png", overlay_mask(image, resize_labels(mask, image.shape[:2])))
+    small = resize_labels(mask, image.shape[:2])
+    save_picture(out / f"{name}_overlay.png", named_overlay(image, small, pipeline.classes))
     named = ", ".join(pipeline.classes[key] for key in keys)
     print(f"{file}: {named}; foreground {np.mean(mask > 0):.0%} -> {out / f'{name}.png'}")

@@ -13,7 +13,7 @@ from utils.files import load_cam, load_scores
 from utils.grids import Size, capped_size, resize_image, resize_labels, resize_maps
 from utils.labels import IGNORE, read_mask, save_mask
 from utils.maps import move_threshold, to_mask, with_background
-from utils.visualize import overlay_mask, save_picture
+from utils.visualize import named_overlay, save_picture
 
 BAND = 2**24  # values of a photo's score maps that are held at full size at once
 
@@ -109,7 +109,7 @@ def write_mask(item: tuple[str, Dataset], score_dir: Path, folder: Path, how: Ma
         scores = with_background(cam, how.bg_alpha)
     mask = decide(image, keys, scores, how.crf, how.max_size, how.bg_threshold, size)
     if overlays:
-        save_picture(folder / "overlays" / f"{image_id}.png", overlay_mask(image, mask))
+        save_picture(folder / "overlays" / f"{image_id}.png", named_overlay(image, mask, one.classes))
     save_mask(folder / f"{image_id}.png", mask)
 
 

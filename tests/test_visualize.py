@@ -9,7 +9,18 @@ from PIL import Image
 
 from utils import visualize
 from utils.labels import voc_palette
-from utils.visualize import heatmap, overlay, overlay_mask, panel, plot_bars, plot_curves, save_gif, save_picture
+from utils.visualize import (
+    heatmap,
+    legend_height,
+    named_overlay,
+    overlay,
+    overlay_mask,
+    panel,
+    plot_bars,
+    plot_curves,
+    save_gif,
+    save_picture,
+)
 
 
 def random_picture(height=30, width=40, seed=0):
@@ -56,6 +67,78 @@ def test_overlay_mask_refuses_a_mask_of_another_size():
     with pytest.raises(ValueError, match=r"\(30, 40\).*\(30, 41\)"):
         overlay_mask(random_picture(), np.zeros((30, 41), np.uint8))
 
+
+# --- overlays with the names of their classes ------------------------------------------------------------------------
+
+CLASSES = ["cat", "dog", "bird"]
+
+
+def strip(size, mask, classes=CLASSES):
+    """(the overlay's pixels on the picture, those of the legend) of a grey picture."""
+    found = named_overlay(np.full((*size, 3), 90, np.uint8), mask, classes)
+    assert found.shape == (size[0] + legend_height(size, mask, classes), size[1], 3), found.shape
+    return found[:size[0]], found[size[0]:]
+
+
+def colours(picture):
+    return set(map(tuple, picture.reshape(-1, 3).tolist()))
+
+
+def test_an_overlay_has_the_colour_and_the_name_of_its_class_below_and_the_picture_above_as_it_is():
+    mask = np.zeros((120, 200), np.uint8)
+    mask[20:90, 30:150] = 2
+    above, below = strip(mask.shape, mask)
+    assert (above == overlay_mask(np.full((120, 200, 3), 90, np.uint8), mask)).all(), "of one class, there is no number"
+    assert tuple(voc_palette()[2].tolist()) in colours(below), "no patch of the class's colour"
+    assert tuple(voc_palette()[1].tolist()) not in colours(below), "a patch of a class that is not there"
+    other = strip(mask.shape, mask, ["cat", "fox", "bird"])[1]
+    assert below.shape == other.shape and (below != other).any(), "the name is not in the legend"
+    assert below.shape[0] < 30, f"a legend of one name takes {below.shape[0]} rows of pixels"
+
+
+def test_of_several_classes_each_has_a_number_on_its_object_and_in_the_legend():
+    mask = np.zeros((120, 200), np.uint8)
+    mask[10:110, 10:90], mask[10:110, 110:190] = 1, 3
+    above, below = strip(mask.shape, mask)
+    plain = overlay_mask(np.full((120, 200, 3), 90, np.uint8), mask)
+    changed = np.argwhere((above != plain).any(axis=-1))
+    for left, right in ((10, 90), (110, 190)):
+        inside = changed[(changed[:, 1] >= left) & (changed[:, 1] < right)]
+        assert len(inside) > 10, f"no number between columns {left} and {right}"
+        assert abs(inside.mean(axis=0) - (60, (left + right) / 2)).max() < 25, f"its middle: {inside.mean(axis=0)}"
+    assert {tuple(voc_palette()[value].tolist()) for value in (1, 3)} <= colours(below)
+
+
+def test_the_number_lies_on_an_object_of_any_shape():
+    for seed in range(5):
+        mask = np.zeros((300, 700), np.uint8)
+        mask[:, :200] = 1
+        rng = np.random.default_rng(seed)
+        row, column = int(rng.integers(0, 299)), int(rng.integers(300, 699))
+        mask[row, column] = 2  # one pixel
+        above, _ = strip(mask.shape, mask)
+        plain = overlay_mask(np.full((300, 700, 3), 90, np.uint8), mask)
+        changed = np.argwhere((above != plain).any(axis=-1))
+        nearest = abs(changed - (row, column)).max(axis=1).min()
+        assert nearest <= 12, f"the number of the pixel at {row}, {column} is {nearest} pixels away"
+
+
+def test_many_and_long_names_take_more_rows_and_are_cut_to_the_width():
+    mask = np.zeros((100, 160), np.uint8)
+    heights = []
+    for count in (0, 1, 12):
+        mask[0, :] = 0
+        mask[0, :count] = np.arange(1, count + 1)
+        heights.append(strip(mask.shape, mask, [f"some_class_{i}" for i in range(12)])[1].shape[0])
+    assert heights[0] == heights[1] < heights[2] == 12 * (heights[1] - 4) + 4, heights
+    mask[0, :] = 1
+    _, below = strip(mask.shape, mask, ["x" * 500])
+    assert (below[:, -4:] == 255).all() and below.shape[0] == heights[1], "a name runs out of the picture"
+    for size in ((8, 8), (1, 1), (9, 40)):
+        strip(size, np.ones(size, np.uint8), ["a_long_name"])
+
+
+# --- panels ----------------------------------------------------------------------------------------------------------
 
 def test_a_panel_scales_its_pictures_to_one_height_and_keeps_their_colours():
     red = np.zeros((20, 40, 3), np.uint8) + np.array([255, 0, 0], np.uint8)

@@ -117,7 +117,7 @@ FLAGS = {
     "model_path": Flag(str, "checkpoint to start from, ours or a published one"),
     "output_dir": Flag(str, "folder for the results"),
     "overwrite": Flag(bool, "make finished files again if they were made with other settings, images or labels", False),
-    "save_overlays": Flag(bool, "also write the masks laid over the images", False),
+    "save_overlays": Flag(bool, "also write the masks laid over the images, with the names of their classes", False),
     "save_walk": Flag(bool, "also write the propagation of up to 8 images as animated GIFs to <output_dir>/walks",
                       False),
     "show_affinity": Flag(point, "also write heat maps of the affinity of pixel X,Y with all others to "

@@ -80,6 +80,96 @@ def overlay_mask(image: np.ndarray, mask: np.ndarray, alpha: float = 0.5) -> np.
     return blend
 
 
+# --- an overlay with the names of its classes ------------------------------------------------------------------------
+
+def named_overlay(image: np.ndarray, mask: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    """`overlay_mask` of a picture with a legend below: the colour and name of each class in the mask.
+
+    Of several classes each has a number, in the legend and on its object, as colours alone do not tell everybody which
+    is which.  The picture keeps its width, and its pixels stay where they are; see `legend_height` for the rest.
+    image: (H, W, 3) uint8.  mask: (H, W) uint8.  classes: names of the K foreground classes.
+    Returns (H + legend_height, W, 3) uint8.  Raises ValueError if the sizes differ.
+    """
+    shown = [int(value) for value in np.unique(mask) if value > 0]
+    blend = Image.fromarray(overlay_mask(image, mask))
+    size = _text_size(mask.shape)
+    if len(shown) > 1:
+        draw, font = ImageDraw.Draw(blend), ImageFont.load_default(size=size)
+        for number, value in enumerate(shown, start=1):
+            draw.text(_inmost(mask == value), str(number), fill="white", font=font, anchor="mm", stroke_width=2,
+                      stroke_fill="black")
+    canvas = Image.new("RGB", (blend.width, blend.height + legend_height(mask.shape, mask, classes)), WHITE)
+    canvas.paste(blend, (0, 0))
+    _draw_legend(canvas, blend.height, _legend_rows(mask.shape, shown, classes), size)
+    return np.asarray(canvas)
+
+
+def legend_height(size: tuple[int, int], mask: np.ndarray, classes: Sequence[str]) -> int:
+    """Pixels that `named_overlay` adds below a picture of a size (H, W): a whole number of rows of text, one at least.
+    """
+    shown = [int(value) for value in np.unique(mask) if value > 0]
+    return len(_legend_rows(size, shown, classes)) * (_text_size(size) + 2 * GAP) + GAP
+
+
+def _text_size(size: tuple[int, int]) -> int:
+    """Height of a legend's text in pixels: 1/32 of the longer side, and readable on small pictures."""
+    return max(14, round(max(size) / 32))
+
+
+def _legend_rows(size: tuple[int, int], shown: Sequence[int], classes: Sequence[str]
+                 ) -> list[list[tuple[int | None, str]]]:
+    """Entries (mask value, text) in rows that fit into the picture's width; a name that does not is cut."""
+    text_size = _text_size(size)
+    font = ImageFont.load_default(size=text_size)
+    if not shown:
+        return [[(None, _cut("no object", font, size[1] - 2 * GAP))]]
+    rows, left = [[]], GAP
+    for number, value in enumerate(shown, start=1):
+        name = classes[value - 1] if value <= len(classes) else f"class {value}"
+        text = _cut(f"{number} {name}" if len(shown) > 1 else name, font, size[1] - text_size - 3 * GAP)
+        wide = text_size + GAP + math.ceil(font.getlength(text)) + 3 * GAP
+        if rows[-1] and left + wide - 2 * GAP > size[1]:
+            rows.append([])
+            left = GAP
+        rows[-1].append((value, text))
+        left += wide
+    return rows
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}...") > width:
+        text = text[:-1]
+    return f"{text}..." if text else ""
+
+
+def _draw_legend(canvas: Image.Image, top: int, rows: Sequence[Sequence[tuple[int | None, str]]], size: int) -> None:
+    """Draw a legend's rows into a picture, from `top` on; None for a patch of no colour."""
+    draw, font, palette = ImageDraw.Draw(canvas), ImageFont.load_default(size=size), voc_palette()
+    for index, row in enumerate(rows):
+        left, upper = GAP, top + GAP + index * (size + 2 * GAP)
+        for value, text in row:
+            if value is not None:
+                colour = tuple(palette[value].tolist())
+                draw.rectangle((left, upper, left + size - 1, upper + size - 1), colour, "black")
+                left += size + GAP
+            draw.text((left, upper + size / 2), text, fill="black", font=font, anchor="lm")
+            left += math.ceil(font.getlength(text)) + 3 * GAP
+
+
+def _inmost(region: np.ndarray) -> tuple[float, float]:
+    """(x, y) of a pixel of a region (H, W) bool that is far from the region's border."""
+    from scipy.ndimage import distance_transform_edt
+    step = max(1, max(region.shape) // 256)
+    distance = distance_transform_edt(np.pad(region[::step, ::step], 1))  # outside the picture is a border too
+    y, x = np.unravel_index(distance.argmax(), distance.shape)
+    found = max(0, int(x) - 1) * step, max(0, int(y) - 1) * step
+    return found if region[found[1], found[0]] else tuple(np.argwhere(region)[0][::-1].tolist())
+
+
+# --- panels, plots, animations ---------------------------------------------------------------------------------------
+
 def _fit(picture: np.ndarray | None, height: int) -> Image.Image:
     """An (H, W, 3) uint8 picture, or None, as a PIL image of the given height with the same aspect ratio."""
     if picture is None:
