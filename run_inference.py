@@ -15,7 +15,7 @@ from utils.runtime import run_main
 from utils.store import chosen_checkpoint
 
 NAMES = ("model_path", *flags.DATA, "images", *flags.MAPS, *flags.WALK, "crf", *flags.CRF, "max_size", "cam_dir",
-         "output_dir", "overwrite", "save_overlays", "save_walk", "show_affinity", *flags.MACHINE)
+         "output_dir", "overwrite", "save_overlays", "save_walk", "show_affinity", "export", *flags.MACHINE)
 INHERITED = (*flags.DATA, "scales", "flip", "max_size", "radius", "precision", "cam_dir")
 
 
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     args.model_path = chosen_checkpoint(args.model_path, "stage2", parser.flags["model_path"])
     from src import inference, start
     from src.affinity_maps import show_affinity, shown_images
+    from src.export import check_exports, export_images, export_split
     from src.masks import MaskConfig
     from src.pipeline import Pipeline
     from src.records import open_checkpoint, with_classes
@@ -65,15 +66,18 @@ def main(argv: list[str] | None = None) -> int:
         folder = inference.mask_folder(out, scores.last, how, args.overwrite)
         scores.check()
         folder.check(dataset)
+    check_exports(args.export, out, pipeline.classes, paths or ())
     if not start.begin("Step 3", args, machine, dataset):
         return 0
     if shown:
         show_affinity(pipeline, shown, args.show_affinity, out / "affinity")
     if dataset is None:
-        inference.run_images(pipeline, paths, out, how, args.save_walk)
+        made = inference.run_images(pipeline, paths, out, how, args.save_walk)
+        export_images(args.export, out, pipeline.classes, made)
     else:
         extras = [name for name, wanted in (("overlays", args.save_overlays), ("walks", args.save_walk)) if wanted]
         inference.run(scores, folder, how, start.record_of(args, machine), extras)
+        export_split(args.export, out, folder.path, dataset)
     return 0
 
 

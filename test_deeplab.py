@@ -15,7 +15,7 @@ from utils.runtime import run_main
 from utils.store import chosen_checkpoint
 
 NAMES = ("model_path", *flags.DATA, "images", *flags.MAPS, "merge", "bg_threshold", "crf", *flags.CRF, "max_size",
-         "output_dir", "overwrite", "save_overlays", "submission", *flags.MACHINE)
+         "output_dir", "overwrite", "save_overlays", "submission", "export", *flags.MACHINE)
 INHERITED = ("dataset", "data_root", "difficult", "max_size", "precision")
 
 
@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     args.model_path = chosen_checkpoint(args.model_path, "deeplab")
     from models.weights import load_model
     from src import inference, segment, start
+    from src.export import check_exports, export_images, export_split
     from src.masks import MaskConfig
     from src.pipeline import DeepLabPipeline
     from src.records import with_classes
@@ -52,8 +53,10 @@ def main(argv: list[str] | None = None) -> int:
         if payload["classes"] is None:
             raise UserError(f"{args.model_path} does not name its classes; test it on a dataset's split")
         pipeline = DeepLabPipeline(payload, MapConfig.of(vars(args)), args.merge, machine)
+        check_exports(args.export, Path(args.output_dir), pipeline.classes, paths)
         if start.begin("Step 6", args, machine):
-            inference.run_images(pipeline, paths, Path(args.output_dir), how)
+            made = inference.run_images(pipeline, paths, Path(args.output_dir), how)
+            export_images(args.export, Path(args.output_dir), pipeline.classes, made)
         return 0
     dataset = open_split(DataConfig.of(vars(args)))
     args.split = dataset.split
@@ -65,11 +68,13 @@ def main(argv: list[str] | None = None) -> int:
     folders = segment.deeplab_folders(pipeline, Path(args.output_dir), how, args.overwrite)
     for folder in folders:
         folder.check(dataset)
+    check_exports(args.export, Path(args.output_dir), dataset.classes)
     if not start.begin("Step 6", args, machine, dataset):
         return 0
     segment.run_test(pipeline, dataset, folders, how, start.record_of(args, machine), args.save_overlays)
     if args.submission is not None:
         write_submission(args.submission, folders[1].path, dataset)
+    export_split(args.export, Path(args.output_dir), folders[1].path, dataset)
     return 0
 
 

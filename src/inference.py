@@ -233,10 +233,11 @@ def check_results(paths: Sequence[Path], out: Path) -> None:
 
 
 def run_images(pipeline: Pipeline | DeepLabPipeline, paths: Sequence[Path], out: Path, how: MaskConfig,
-               walks: bool = False) -> None:
+               walks: bool = False) -> list[Path]:
     """Masks and overlays of image files, as a viewer displays them, in `out`; labels are predicted.
 
     walks: animate the propagation too, of a `Pipeline` with AffinityNet.
+    Returns the images that were not skipped.
     """
     names = result_names(paths)
     listed = sorted({*_ledger(out), *(file for name in names for file in _results(name))})
@@ -244,24 +245,25 @@ def run_images(pipeline: Pipeline | DeepLabPipeline, paths: Sequence[Path], out:
         write_json(out / LEDGER, {"results": listed})  # before the results: a killed run's count as made by --images
     distributed.barrier()
     try:
-        for file, name in progress(distributed.shard(list(zip(paths, names))), "masks"):
-            _write_results(pipeline, file, out, name, how, walks)
-        distributed.barrier()
+        made = [file for file, name in progress(distributed.shard(list(zip(paths, names))), "masks")
+                if _write_results(pipeline, file, out, name, how, walks)]
+        done = {file for part in distributed.gather(made) for file in part}
     finally:  # under the name of a result that was not made, a photo of the user's may lie tomorrow
         if distributed.is_main():
             write_json(out / LEDGER, {"results": [file for file in listed if (out / file).is_file()]})
+    return [file for file in paths if file in done]
 
 
 def _write_results(pipeline: Pipeline | DeepLabPipeline, file: Path, out: Path, name: str, how: MaskConfig, walks: bool
-                   ) -> None:
-    """The mask and the overlay of one image file; nothing for a damaged one that is to be skipped."""
+                   ) -> bool:
+    """Write the mask and the overlay of one image file; returns False for a damaged one that is to be skipped."""
     try:
         image, size = read_reduced(file, max(OVERLAY / 2, pipeline.maps.largest), displayed=True)
     except ImageError as error:
         if not pipeline.machine.skip_bad:
             raise
         warn(f"Skipping {file}: {error}")
-        return
+        return False
     if walks:
         cam = pipeline.cam(image)
         keys, scores = cam.keys, pipeline.scored(image, cam)
@@ -274,3 +276,4 @@ def _write_results(pipeline: Pipeline | DeepLabPipeline, file: Path, out: Path, 
     save_picture(out / f"{name}_overlay.png", named_overlay(image, small, pipeline.classes))
     named = ", ".join(pipeline.classes[key] for key in keys)
     print(f"{file}: {named}; foreground {np.mean(mask > 0):.0%} -> {out / f'{name}.png'}")
+    return True

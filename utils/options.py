@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from utils import distributed, log
 from utils.datasets import DATASETS
 from utils.errors import UserError
+from utils.export import EXPORTS
 from utils.images import allow_large_images
 from utils.log import LEVELS, say
 from utils.recipes import METHODS
@@ -125,6 +126,8 @@ FLAGS = {
                                  "first 8 images of the split (default: none)", metavar="X,Y"),
     "submission": Flag(str, "also pack the masks of --dataset voc --split test (or val) for the VOC evaluation server "
                             "(default: none)", metavar="FILE.tgz"),
+    "export": Flag(str, "also write the masks to <output_dir>/export/NAME in the formats that annotation tools import: "
+                        f"{', '.join(EXPORTS)} (default: none)", nargs="+", metavar="NAME"),
     "crf": Flag(bool, "refine with a dense CRF", True),
     "crf_preset": Flag(str, "parameters of the dense CRF", "psa", choices=("psa", "irn", "seamv1", "mctformer", "avc")),
     "crf_gaussian_sxy": Flag(width, "width of the CRF's smoothness kernel in pixels; left out: the preset's"),
@@ -182,7 +185,7 @@ GROUPS = {"data": (*DATA, "images", "download"), "network": (*BACKBONE, "head", 
           "training": (*TRAINING, "long_side", "cutmix", "head_only"), "maps": ("method", *MAPS, "merge"),
           "affinity labels": ("alpha_low", "alpha_high"), "random walk": WALK, "dense CRF": ("crf", *CRF),
           "folders": ("cam_dir", "mask_dir", "output_dir", "overwrite"),
-          "extras": ("save_overlays", "save_walk", "show_affinity", "submission"), "machine": MACHINE}
+          "extras": ("save_overlays", "save_walk", "show_affinity", "submission", "export"), "machine": MACHINE}
 
 
 class Parser(argparse.ArgumentParser):
@@ -227,11 +230,12 @@ class Parser(argparse.ArgumentParser):
             text += f" (default: {typed(default)}{f', {flag.rule}' if flag.rule else ''})"
         elif "(default: " not in text:
             text += " (default: inherited or chosen by the step)"
+        registries = {"dataset": DATASETS, "export": EXPORTS}
         keywords = {"dest": name, "default": None, "help": text.replace("%", "%%")}
         if flag.type is bool:
             keywords["action"] = argparse.BooleanOptionalAction
         else:
-            choices = tuple(DATASETS) if name == "dataset" else flag.choices
+            choices = tuple(registries[name]) if name in registries else flag.choices
             keywords.update(type=flag.type, choices=choices, nargs=flag.nargs, metavar=flag.metavar)
         group.add_argument(f"--{name}", **keywords)
 
