@@ -19,7 +19,8 @@ def check_exports(names: Sequence[str] | None, out: Path, classes: Sequence[str]
     """
     for name in names or ():
         check_export(name, out / "export" / name, classes)
-    alike = [path for path, result in zip(images, result_names(images)) if result != path.stem] if names else []
+    results = result_names(images) if names and images else ()
+    alike = [path for path, result in zip(images, results) if result != path.stem]
     if alike:
         raise UserError(f"--export: annotation tools know images by their names without the ending, and "
                         f"{alike[0].name} is not the only {alike[0].stem}; rename it")

@@ -37,7 +37,8 @@ TRAININGS = [  # (run folder, command)
 LOOSE = {"output/two1": 0.1, "output/two_avc": 0.2, "output/two5": 0.1}
 SPLITS = [
     ("run_train.py", "--stage", 1, "--model_path", STAGE1, "--cam_dir", "two/cams", *MACHINE),
-    ("run_inference.py", "--model_path", "two/model_best.pth.tar", "--output_dir", "two/masks", *MACHINE),
+    ("run_inference.py", "--model_path", "two/model_best.pth.tar", "--output_dir", "two/masks", "--export", "coco",
+     "labelme", *MACHINE),
     ("run_eval.py", "--model_path", "two/model_best.pth.tar", "--output_dir", "two/eval", *MACHINE),
     ("test_deeplab.py", "--output_dir", "two/deeplab", *SCORED),
 ]
@@ -144,6 +145,12 @@ def test_every_split_step_makes_the_same_files_in_two_ranks(both, place, suffix)
     manifests = [read_json(result.folder / place / "manifest.json") for result in both]
     assert [manifest["processes"] for manifest in manifests] == [1, 2], "one rank did all of the work"
     assert manifests[0]["images"] == manifests[1]["images"] and manifests[1]["complete"]
+
+
+def test_two_ranks_export_the_same_files_as_one(both):
+    one, two = ({path: (result.folder / "two/masks/export" / path).read_bytes()
+                 for path in files(result.folder / "two/masks/export")} for result in both)
+    assert len(one) == 1 + 12 + 2 and one == two, f"{sorted(one)} and {sorted(two)}"  # JSON of each, and two records
 
 
 def _same_arrays(first, second):
