@@ -1,8 +1,8 @@
 """Step 4: score masks against ground truth: seed (CAM), + walk, + CRF of a checkpoint, or any folder of masks.
 
 Reads a stage-2 checkpoint (--model_path; of a stage-1 one the seed is scored) or a folder of PNG masks (--mask_dir),
-and a split with ground truth; writes scores.json, thresholds.png, classes.png, panel.png and panel_worst.png to
---output_dir (default output/eval).
+and a split with ground truth; writes scores.json, thresholds.png, classes.png, panel.png, panel_worst.png and
+report.html to --output_dir (default output/eval).
 """
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from utils.runtime import run_main
 from utils.store import check_data, chosen_checkpoint, made_of, mask_record
 
 NAMES = ("model_path", "mask_dir", *flags.DATA, *flags.MAPS, *flags.WALK, "crf", *flags.CRF, "max_size", "cam_dir",
-         "output_dir", "overwrite", "show_affinity", *flags.MACHINE)
+         "output_dir", "overwrite", "report", "show_affinity", *flags.MACHINE)
 INHERITED = (*flags.DATA, "scales", "flip", "max_size", "radius", "precision", "cam_dir")
 OF_MASKS = ("labels", "bg_alpha", "beta", "walk_steps", "walk_eps")  # inherited from masks, whose scores are asked for
 
@@ -71,13 +71,14 @@ def main(argv: list[str] | None = None) -> int:
         scores.check()
     if not start.begin("Step 4", args, machine, dataset):
         return 0
+    record = start.record_of(args, machine)
     if payload:
-        scores.make(start.record_of(args, machine))
+        scores.make(record)
         stages = evaluation.stages_of(scores, crf is not None)
     else:
         stages = [evaluation.Stage("masks", "mask", Path(args.mask_dir))]
     evaluation.evaluate(dataset, stages, MaskConfig(crf, args.max_size, args.bg_threshold), machine.workers,
-                        Path(args.output_dir), vars(args))
+                        Path(args.output_dir), vars(args), record if args.report else None)
     if shown:
         show_affinity(pipeline, shown, args.show_affinity, Path(args.output_dir) / "affinity")
     return 0

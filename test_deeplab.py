@@ -1,8 +1,9 @@
 """Step 6: test a DeepLab checkpoint with several scales, flip and dense CRF.
 
 Reads output/deeplab_<backbone>/model_best.pth.tar (the newest, or --model_path) and a split (default: the test split);
-writes masks/, scores.json, plots and panels to --output_dir (default output/deeplab_test). With --images PATH (an image
-or a folder) no dataset is needed: a mask and an overlay of every image are written (by default to output/images).
+writes masks/, scores.json, plots, panels and report.html to --output_dir (default output/deeplab_test). With --images
+PATH (an image or a folder) no dataset is needed: a mask and an overlay of every image are written (by default to
+output/images).
 """
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from utils.runtime import run_main
 from utils.store import chosen_checkpoint
 
 NAMES = ("model_path", *flags.DATA, "images", *flags.MAPS, "merge", "bg_threshold", "crf", *flags.CRF, "max_size",
-         "output_dir", "overwrite", "save_overlays", "submission", "export", *flags.MACHINE)
+         "output_dir", "overwrite", "save_overlays", "report", "submission", "export", *flags.MACHINE)
 INHERITED = ("dataset", "data_root", "difficult", "max_size", "precision")
 
 
@@ -29,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.images is not None and (args.labels == "gt" or args.submission is not None):
         parser.error("--images has no labels to go by, and is no split; leave --labels and --submission out")
+    if args.images is not None and args.report:
+        parser.error("--report is of a split, and --images is none; leave --report out")
     args.model_path = chosen_checkpoint(args.model_path, "deeplab")
     from models.weights import load_model
     from src import inference, segment, start
@@ -71,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     check_exports(args.export, Path(args.output_dir), dataset.classes)
     if not start.begin("Step 6", args, machine, dataset):
         return 0
-    segment.run_test(pipeline, dataset, folders, how, start.record_of(args, machine), args.save_overlays)
+    segment.run_test(pipeline, dataset, folders, how, start.record_of(args, machine), args.save_overlays,
+                     args.report)
     if args.submission is not None:
         write_submission(args.submission, folders[1].path, dataset)
     export_split(args.export, Path(args.output_dir), folders[1].path, dataset)

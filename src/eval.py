@@ -1,10 +1,12 @@
 """Step 4: masks against ground truth: tables, threshold sweeps, plots, pictures of a fixed sample and of the worst."""
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from src import gallery
 from src.inference import SplitScores
 from src.masks import MaskConfig, decide, full_size, mask_path
 from src.scoring import BOX, Stage, Tally, score_split
@@ -13,7 +15,7 @@ from utils.datasets.base import Dataset
 from utils.files import write_json
 from utils.labels import IGNORE, read_mask
 from utils.maps import foreground_probability
-from utils.metrics import scores
+from utils.report import Cards
 from utils.store import made_of
 from utils.visualize import heatmap, overlay, overlay_mask, panel, plot_bars, plot_curves
 
@@ -21,16 +23,26 @@ Table = dict[str, dict[str, dict]]  # stage -> "fixed" or "oracle" -> scores
 
 
 def evaluate(dataset: Dataset, stages: Sequence[Stage], how: MaskConfig, workers: int, out: Path,
-             options: Mapping[str, object]) -> Table | None:
-    """Score, report and picture a split; everything lands in `out`.  options: for the record.  The table, in rank 0."""
+             options: Mapping[str, object], record: Mapping[str, object] | None = None) -> Table | None:
+    """Score, report and picture a split; everything lands in `out`.  The table, in rank 0.
+
+    options: for the record.  record: the options and the environment, for report.html; None writes none.
+    """
     for stage in stages:
         dataset = made_of(dataset, stage.folder)
-    tallies = score_split(dataset, stages, how, workers)
-    if not distributed.is_main():
-        return None
-    table = report(dataset, tallies, options, out)
-    save_panels(dataset, stages, tallies, how, out)
-    print(f"Wrote scores.json, plots and panels to {out}")
+    with Cards(out, gallery.pictured(dataset)) if record else contextlib.nullcontext() as cards:
+        tallies = score_split(dataset, stages, how, workers, cards)
+        places = gallery.gathered(cards, dataset) if record else {}
+        table = None
+        if distributed.is_main():
+            table = report(dataset, tallies, options, out)
+            save_panels(dataset, stages, tallies, how, out)
+            print(f"Wrote scores.json, plots and panels to {out}")
+            if record:
+                gallery.write(out, dataset, places, record, stages, how, tallies, table)
+            else:
+                gallery.tell_of_earlier(out)
+        distributed.barrier()  # rank 0 reads the cards of the others, which go with this block
     return table
 
 
@@ -81,9 +93,8 @@ def _print_table(table: Table, dataset: Dataset, options: Mapping[str, object]) 
 def _plots(dataset: Dataset, tallies: Mapping[str, Tally], table: Table, folder: Path) -> None:
     swept = {name: tally for name, tally in tallies.items() if "oracle" in table[name]}
     if swept:
-        curves = {name: [scores(matrix)["miou"] for matrix in tally.sweep.confusions()]
-                  for name, tally in swept.items()}
         thresholds = next(iter(swept.values())).sweep.thresholds().tolist()
+        curves = {name: tally.curve() for name, tally in swept.items()}
         plot_curves(folder / "thresholds.png", thresholds, curves, "foreground threshold", "mIoU")
     names = ["background", *dataset.classes]
     plot_bars(folder / "classes.png", names, {name: row["fixed"]["iou"] for name, row in table.items()}, "IoU")

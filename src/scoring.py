@@ -1,18 +1,21 @@
 """Counting score maps and masks against ground truth over a split.  No torch, as worker processes import this."""
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from src.cards import card_of
 from src.masks import MaskConfig, full_size, mask_path, read_checked, refine
-from utils import distributed
+from utils import distributed, thumbnails
 from utils.datasets.base import Dataset
 from utils.files import load_cam, load_scores
+from utils.grids import Size
 from utils.maps import foreground_probability, to_mask, with_background
 from utils.metrics import SweepHistogram, central_box, confusion, foreground_iou, scores
 from utils.parallel import map_parallel
+from utils.report import Cards
 
 BOX = "central box"
 
@@ -29,6 +32,11 @@ class Stage:
     folder: Path
     crf: bool = False
     bg_alpha: float = 6.0
+
+    @property
+    def soft(self) -> bool:
+        """Whether it has maps of its own to look at: a CRF's are nearly a mask."""
+        return self.kind != "mask" and not self.crf
 
     def probabilities(self, image_id: str) -> tuple[np.ndarray, np.ndarray]:
         """(keys (K,), probabilities (K + 1, h, w)) on the grid they were computed on."""
@@ -64,21 +72,29 @@ class Tally:
         """Scores at the fixed threshold, with the mean over images of their foreground IoU."""
         return {**scores(self.fixed), "image_fg_iou": float(np.nanmean(list(self.images.values())))}
 
+    def curve(self) -> list[float]:
+        """mIoU at each threshold of the sweep."""
+        return [scores(matrix)["miou"] for matrix in self.sweep.confusions()]
 
-def score_split(dataset: Dataset, stages: Sequence[Stage], how: MaskConfig, workers: int) -> dict[str, Tally]:
+
+def score_split(dataset: Dataset, stages: Sequence[Stage], how: MaskConfig, workers: int, cards: Cards | None = None
+                ) -> dict[str, Tally]:
     """Count every stage on every image, in worker processes; of several ranks each counts its part.
 
-    how: the threshold, and the CRF of the stages that have one.
+    how: the threshold, and the CRF of the stages that have one.  cards: takes a card of each image that it wants, made
+    of what the scores are counted from; of several ranks each one's take those of its part.
     Returns {stage name: Tally}, with the central box beside them, the same in all ranks.
     """
     dataset.check_truth()
     classes = len(dataset.classes) + 1
     tallies = {name: Tally(classes, SweepHistogram(classes)) for name in [BOX] + [stage.name for stage in stages]}
     threads = any(stage.crf for stage in stages) and how.crf.backend == "torch"
-    work = partial(_score_image, stages=stages, how=how)
-    for image_id, counted in map_parallel(work, dataset.shard(), workers, "scoring", threads):
+    work = partial(_score_image, stages=stages, how=how, pictured=cards.wanted if cards else frozenset())
+    for image_id, counted, card in map_parallel(work, dataset.shard(), workers, "scoring", threads):
         for name, (matrix, sweep) in counted.items():
             tallies[name].add(image_id, matrix, sweep)
+        if card is not None:
+            cards.add(image_id, card)
     return tallies if distributed.world() == 1 else _combined(distributed.gather(tallies), dataset)
 
 
@@ -93,17 +109,22 @@ def _combined(parts: list[dict[str, Tally]], dataset: Dataset) -> dict[str, Tall
     return tallies
 
 
-def _score_image(item: tuple[str, Dataset], stages: Sequence[Stage], how: MaskConfig) -> tuple[str, dict[str, tuple]]:
+def _score_image(item: tuple[str, Dataset], stages: Sequence[Stage], how: MaskConfig, pictured: Collection[str]
+                 ) -> tuple[str, dict[str, tuple], dict | None]:
+    """(image id, {stage name: (confusion, sweep)}, the image's card or None)."""
     image_id, one = item
     truth, classes = one.mask(0), len(one.classes) + 1
     counted = {BOX: (confusion(_labelled_box(truth.shape, one.label(0)), truth, classes), None)}
+    heats = []
     for stage in stages:
-        if stage.kind == "mask":
-            mask = read_checked(mask_path(stage.folder, image_id), truth.shape, len(one.classes))
-            counted[stage.name] = (confusion(mask, truth, classes), None)
-        else:
-            counted[stage.name] = _count_maps(stage, image_id, one, truth, how)
-    return image_id, counted
+        mask, found = _mask_of(stage, image_id, one, truth.shape, how)
+        sweep = None if found is None else SweepHistogram(classes).count(*found, truth)
+        counted[stage.name] = (confusion(mask, truth, classes), sweep)
+        if image_id in pictured and stage.soft:
+            heats.append(thumbnails.heat(found[0]))
+    if image_id not in pictured:
+        return image_id, counted, None
+    return image_id, counted, card_of(one, heats, mask, truth, counted[stages[-1].name][0])
 
 
 def _labelled_box(size: tuple[int, int], labels: np.ndarray | None) -> np.ndarray:
@@ -112,15 +133,18 @@ def _labelled_box(size: tuple[int, int], labels: np.ndarray | None) -> np.ndarra
     return central_box(*size) * np.uint8(labels.argmax() + 1 if labelled else 0)
 
 
-def _count_maps(stage: Stage, image_id: str, one: Dataset, truth: np.ndarray, how: MaskConfig
-                ) -> tuple[np.ndarray, tuple]:
-    """Confusion at the fixed threshold and the sweep of one image."""
+def _mask_of(stage: Stage, image_id: str, one: Dataset, size: Size, how: MaskConfig
+             ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
+    """(the mask of an image at the fixed threshold, its foreground probability and best class), all (H, W).
+
+    Of a stage that is a folder of masks, the second is None.
+    """
+    if stage.kind == "mask":
+        return read_checked(mask_path(stage.folder, image_id), size, len(one.classes)), None
     keys, probabilities = stage.probabilities(image_id)
     threshold = how.bg_threshold
     if stage.crf:
         image, _ = one.photo(0, how.max_size)
         (probabilities,), threshold = refine(image, [probabilities], how.crf, how.max_size, threshold), 0.5
-    maps = full_size(probabilities, truth.shape)
-    classes = len(one.classes) + 1
-    sweep = SweepHistogram(classes).count(*foreground_probability(maps, keys), truth)
-    return confusion(to_mask(maps, keys, threshold), truth, classes), sweep
+    maps = full_size(probabilities, size)
+    return to_mask(maps, keys, threshold), foreground_probability(maps, keys)

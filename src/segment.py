@@ -10,6 +10,7 @@ import torch
 from models.backbone import Network
 from models.deeplab import labelled_pixels, segmentation_loss
 from models.weights import build_network, pack
+from src import gallery
 from src.eval import Stage, evaluate
 from src.inference import known_keys, make_masks, mask_folder
 from src.masks import MaskConfig, check_complete, mask_path, read_checked
@@ -122,12 +123,12 @@ def deeplab_folders(pipeline: DeepLabPipeline, out: Path, how: MaskConfig, overw
 
 
 def run_test(pipeline: DeepLabPipeline, dataset: Dataset, folders: tuple[Folder, Folder], how: MaskConfig,
-             record: dict[str, object], overlays: bool) -> None:
+             record: dict[str, object], overlays: bool, report: bool = False) -> None:
     """Step 6: masks and scores of a split from a DeepLab checkpoint.  folders: from `deeplab_folders`.
 
-    Writes masks, and scores.json, plots and panels where the split has ground truth.
+    Writes masks, and scores.json, plots and panels where the split has ground truth.  report: write report.html too.
     """
-    (maps, folder), machine = folders, pipeline.machine
+    (maps, folder), machine, out = folders, pipeline.machine, folders[1].path.parent
     keys_of = known_keys(dataset, maps.labels)
 
     def make(items: list[dict], ids: list[str]) -> None:
@@ -140,7 +141,11 @@ def run_test(pipeline: DeepLabPipeline, dataset: Dataset, folders: tuple[Folder,
     print(f"Wrote {len(dataset)} masks to {folder.path}")
     if dataset.truth is None:
         print(f"{dataset.root} has no ground truth for split {dataset.split}: masks only, no scores")
+        if report:
+            gallery.write_unscored(out, dataset, maps.path, folder.path, machine.workers, record)
+        elif distributed.is_main():
+            gallery.tell_of_earlier(out)
         return
     stages = [Stage("deeplab", "scores", maps.path)]
     stages += [Stage("+ CRF", "scores", maps.path, crf=True)] * (how.crf is not None)
-    evaluate(dataset, stages, how, machine.workers, folder.path.parent, record["options"])
+    evaluate(dataset, stages, how, machine.workers, out, record["options"], record if report else None)

@@ -119,6 +119,8 @@ FLAGS = {
     "output_dir": Flag(str, "folder for the results"),
     "overwrite": Flag(bool, "make finished files again if they were made with other settings, images or labels", False),
     "save_overlays": Flag(bool, "also write the masks laid over the images, with the names of their classes", False),
+    "report": Flag(bool, "also write report.html: the scores and a gallery of the split, in one file that a browser "
+                         "opens from disk", True),
     "save_walk": Flag(bool, "also write the propagation of up to 8 images as animated GIFs to <output_dir>/walks",
                       False),
     "show_affinity": Flag(point, "also write heat maps of the affinity of pixel X,Y with all others to "
@@ -185,7 +187,8 @@ GROUPS = {"data": (*DATA, "images", "download"), "network": (*BACKBONE, "head", 
           "training": (*TRAINING, "long_side", "cutmix", "head_only"), "maps": ("method", *MAPS, "merge"),
           "affinity labels": ("alpha_low", "alpha_high"), "random walk": WALK, "dense CRF": ("crf", *CRF),
           "folders": ("cam_dir", "mask_dir", "output_dir", "overwrite"),
-          "extras": ("save_overlays", "save_walk", "show_affinity", "submission", "export"), "machine": MACHINE}
+          "extras": ("save_overlays", "report", "save_walk", "show_affinity", "submission", "export"),
+          "machine": MACHINE}
 
 
 class Parser(argparse.ArgumentParser):

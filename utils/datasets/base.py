@@ -13,6 +13,7 @@ from utils import distributed
 from utils.datasets.lists import mask_file, without_mask
 from utils.errors import UserError
 from utils.files import short_hash
+from utils.grids import capped_size, resize_image
 from utils.images import image_size, missing_image, read_image, read_reduced
 from utils.labels import IGNORE, read_mask
 from utils.log import say
@@ -68,6 +69,11 @@ class Dataset:
             image = self.image(index)
             return image, image.shape[:2]
         return read_reduced(self.image_path(index), used, partial(self._shows, index))
+
+    def thumbnail(self, index: int, side: int) -> np.ndarray:
+        """`image`, scaled down so that its long side has at most `side` pixels.  Raises like `image`."""
+        image, size = self.photo(index, side / 2)
+        return resize_image(image, capped_size(size, side))
 
     def size(self, index: int) -> tuple[int, int]:
         """(H, W) of an image, from its header alone.  Raises like `image`."""
