@@ -15,7 +15,6 @@ from utils.datasets.base import Dataset
 from utils.files import write_json
 from utils.labels import IGNORE, read_mask
 from utils.maps import foreground_probability
-from utils.report import Cards
 from utils.store import made_of
 from utils.visualize import heatmap, overlay, overlay_mask, panel, plot_bars, plot_curves
 
@@ -30,7 +29,7 @@ def evaluate(dataset: Dataset, stages: Sequence[Stage], how: MaskConfig, workers
     """
     for stage in stages:
         dataset = made_of(dataset, stage.folder)
-    with Cards(out, gallery.pictured(dataset)) if record else contextlib.nullcontext() as cards:
+    with gallery.cards_in(out, dataset) if record else contextlib.nullcontext() as cards:
         tallies = score_split(dataset, stages, how, workers, cards)
         places = gallery.gathered(cards, dataset) if record else {}
         table = None
@@ -39,7 +38,7 @@ def evaluate(dataset: Dataset, stages: Sequence[Stage], how: MaskConfig, workers
             save_panels(dataset, stages, tallies, how, out)
             print(f"Wrote scores.json, plots and panels to {out}")
             if record:
-                gallery.write(out, dataset, places, record, stages, how, tallies, table)
+                gallery.write(out, dataset, cards, places, record, stages, how, tallies, table)
             else:
                 gallery.tell_of_earlier(out)
         distributed.barrier()  # rank 0 reads the cards of the others, which go with this block

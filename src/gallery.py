@@ -12,7 +12,7 @@ from src.scoring import BOX, Stage, Tally
 from utils import distributed
 from utils.datasets.base import Dataset
 from utils.parallel import map_parallel
-from utils.report import Cards, Layer, Page, Place, Row, hex_colours, read_cards, worst_first, write_report
+from utils.report import Cards, Layer, Page, Place, Row, hex_colours, worst_first, write_report
 from utils.thumbnails import LEVELS
 from utils.visualize import heatmap
 
@@ -25,13 +25,18 @@ def pictured(dataset: Dataset) -> list[str]:
     return [dataset.ids[i] for i in dataset.spread(LARGEST)]
 
 
+def cards_in(out: Path, dataset: Dataset) -> Cards:
+    """The empty `Cards` of the images that `pictured` names; rank 0 reads those of all ranks."""
+    return Cards(out, pictured(dataset), shared=distributed.world() > 1)
+
+
 def gathered(cards: Cards, dataset: Dataset) -> dict[str, Place]:
     """Where the cards of all ranks lie, in the order of the split.  A collective: all ranks must call it."""
     cards.flush()
     return distributed.gather_dict(cards.places, dataset.ids)
 
 
-def write(out: Path, dataset: Dataset, places: Mapping[str, Place], record: Mapping[str, object],
+def write(out: Path, dataset: Dataset, cards: Cards, places: Mapping[str, Place], record: Mapping[str, object],
           stages: Sequence[Stage], how: MaskConfig, tallies: Mapping[str, Tally], table: Mapping[str, Mapping]) -> None:
     """Write the report of a scored split.  record: the options and the environment.  table: of `src.eval.report`."""
     masks = {BOX, *(stage.name for stage in stages if stage.kind == "mask")}
@@ -42,7 +47,7 @@ def write(out: Path, dataset: Dataset, places: Mapping[str, Place], record: Mapp
                     "foreground probability before the threshold") for stage in stages if stage.soft]
     layers += [Layer("mask", "mask", f"mask of the last stage, {stages[-1].name}"),
                Layer("ground truth", "truth", "ground truth; hatched grey is ignored")]
-    _write(out, dataset, places, record, worst_first(places, tallies[stages[-1].name].images), layers, rows=rows,
+    _write(out, dataset, cards, places, record, worst_first(places, tallies[stages[-1].name].images), layers, rows=rows,
            curves={name: tally.curve() for name, tally in swept.items()},
            thresholds=next(iter(swept.values())).sweep.thresholds().tolist() if swept else ())
 
@@ -50,7 +55,7 @@ def write(out: Path, dataset: Dataset, places: Mapping[str, Place], record: Mapp
 def write_unscored(out: Path, dataset: Dataset, score_dir: Path, mask_dir: Path, workers: int,
                    record: Mapping[str, object]) -> None:
     """Write the report of a split without ground truth, from its score maps and masks; all ranks call it alike."""
-    with Cards(out, pictured(dataset)) as cards:
+    with cards_in(out, dataset) as cards:
         chosen = dataset.subset(dataset.spread(LARGEST))
         work = partial(unscored_card, score_dir=score_dir, mask_dir=mask_dir)
         for image_id, card in map_parallel(work, chosen.shard(), workers, "report"):
@@ -59,7 +64,7 @@ def write_unscored(out: Path, dataset: Dataset, score_dir: Path, mask_dir: Path,
         if distributed.is_main():
             layers = [Layer("scores", "heat", "foreground probability before CRF and threshold"),
                       Layer("mask", "mask", "mask")]
-            _write(out, dataset, places, record, list(places), layers)
+            _write(out, dataset, cards, places, record, list(places), layers)
         distributed.barrier()
 
 
@@ -69,7 +74,7 @@ def tell_of_earlier(out: Path) -> None:
         print(f"Note: {out / NAME} is of an earlier run, as --no-report was passed", file=sys.stderr)
 
 
-def _write(out: Path, dataset: Dataset, places: Mapping[str, Place], record: Mapping[str, object],
+def _write(out: Path, dataset: Dataset, cards: Cards, places: Mapping[str, Place], record: Mapping[str, object],
            ids: Sequence[str], layers: Sequence[Layer], **scored: object) -> None:
     options = record["options"]
     source = "mask_dir" if options.get("mask_dir") else "model_path"
@@ -82,5 +87,5 @@ def _write(out: Path, dataset: Dataset, places: Mapping[str, Place], record: Map
     heat = hex_colours(heatmap(np.linspace(0, 1, LEVELS)[None])[0])
     page = Page(f"{dataset.name}, {dataset.split}", facts, options, dataset.classes, layers, ids, places, len(dataset),
                 heat, **scored)
-    write_report(out / NAME, page, read_cards(places[image_id] for image_id in ids))
+    write_report(out / NAME, page, cards.read(places[image_id] for image_id in ids))
     print(f"Wrote {out / NAME}")

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from utils.files import atomic_path
 from utils.thumbnails import LEVELS
 
 PAGE = Path(__file__).parent / "report_page"
-TOGETHER = 16  # cards in one block of data, which the page parses when it shows the first of them
+TOGETHER = 8  # cards in one block of data, which the page parses when it shows the first of them
 # Told apart by readers with any kind of colour vision: Okabe & Ito (2008), then Tol's muted scheme (2021).
 SAFE = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7",
         "#332288", "#88ccee", "#44aa99", "#999933", "#ddcc77", "#882255", "#aa4499")
@@ -35,7 +35,7 @@ Scores = Mapping[str, object]  # as of `utils.metrics.scores`, with `image_fg_io
 
 class Place(NamedTuple):
     """Where a card lies, and what its image shows: values of the truth (None: unknown) and of the mask."""
-    path: str
+    path: str | None
     start: int
     bytes: int
     truth: list[int] | None
@@ -45,20 +45,24 @@ class Place(NamedTuple):
 class Cards:
     """Cards of a gallery in a temporary file, which goes with the block.
 
-    wanted: ids of the images that get a card.  places: {image id: `Place`} of those added.
+    wanted: ids of the images that get a card.  shared: let other processes read it, so that it needs a name; without
+    one nothing is left even if this process is killed.  places: {image id: `Place`} of the cards added.
     """
 
-    def __init__(self, folder: str | Path, wanted: Collection[str]):
-        self.folder, self.wanted, self.places = Path(folder), frozenset(wanted), {}
-        self.path, self.file = None, None
+    def __init__(self, folder: str | Path, wanted: Collection[str], shared: bool = False):
+        self.folder, self.wanted, self.shared = Path(folder), frozenset(wanted), shared
+        self.places, self.path, self.file = {}, None, None
 
     def __enter__(self) -> Cards:
         return self
 
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.shared:
+            self.file = tempfile.TemporaryFile(dir=self.folder)
+            return
         handle, self.path = tempfile.mkstemp(dir=self.folder, prefix=".report.html.", suffix=".tmp")
-        self.file = os.fdopen(handle, "wb")
+        self.file = os.fdopen(handle, "w+b")
 
     def add(self, image_id: str, card: Mapping[str, object]) -> None:
         """Write a card.
@@ -73,28 +77,27 @@ class Cards:
         self.file.write(text)
 
     def flush(self) -> None:
-        """Let others read what has been added."""
+        """Let others read what has been added; after the last card."""
         if self.file is not None:
             self.file.flush()
 
+    def read(self, places: Iterable[Place]) -> Iterator[str]:
+        """The texts of cards, one at a time, from this file and those of other processes."""
+        with contextlib.ExitStack() as stack:
+            files = {self.path: self.file}
+            for place in places:
+                if place.path not in files:
+                    files[place.path] = stack.enter_context(open(place.path, "rb"))
+                files[place.path].seek(place.start)
+                yield files[place.path].read(place.bytes).decode("ascii")
+
     def __exit__(self, *_: object) -> None:
-        if self.file is None:
-            return
-        with contextlib.suppress(OSError):  # what a full disk did not take
-            self.file.close()
-        with contextlib.suppress(OSError):
-            os.unlink(self.path)
-
-
-def read_cards(places: Iterable[Place]) -> Iterator[str]:
-    """The texts of cards, one at a time, from the files that they lie in."""
-    with contextlib.ExitStack() as stack:
-        files: dict[str, BinaryIO] = {}
-        for place in places:
-            if place.path not in files:
-                files[place.path] = stack.enter_context(open(place.path, "rb"))
-            files[place.path].seek(place.start)
-            yield files[place.path].read(place.bytes).decode("ascii")
+        if self.file is not None:
+            with contextlib.suppress(OSError):  # what a full disk did not take
+                self.file.close()
+        if self.path is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
 
 
 @dataclass(frozen=True)
@@ -151,11 +154,12 @@ def worst_first(ids: Iterable[str], iou: Mapping[str, float]) -> list[str]:
 def write_report(path: str | Path, page: Page, cards: Iterable[str]) -> None:
     """Write a report; the file appears whole or not at all.
 
-    cards: texts from `read_cards`, in the order of `page.ids`; they are taken one by one.
+    cards: texts from `Cards.read`, in the order of `page.ids`; they are taken one by one.
     Raises ValueError unless there are as many as ids.
     """
     top, bottom = _frame(page).split("<!-- cards -->")
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", errors="xmlcharrefreplace") as file:
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n",
+                                                errors="xmlcharrefreplace") as file:
         file.write(top)
         count = 0
         for count, card in enumerate(cards, start=1):
@@ -286,7 +290,7 @@ def class_colours(values: Sequence[int]) -> dict[int, str]:
     More than these cannot all be told apart by colour alone: the others have hues a golden angle apart at three
     lightnesses, and the page outlines and names every object.
     """
-    colours = list(SAFE) + [_oklch((0.82, 0.62, 0.72)[index % 3], 0.13, 137.5 * index)
+    colours = list(SAFE) + [_oklch((0.82, 0.62, 0.72)[index % 3], 0.13, 137.508 * index)
                             for index in range(len(values) - len(SAFE))]
     return dict(zip(values, colours))
 

@@ -37,12 +37,12 @@ def heat(values: np.ndarray) -> Layer:
 def _sampled(values: np.ndarray, size: Size) -> np.ndarray:
     """Nearest pixels.  (H, W) -> size."""
     rows, columns = (((np.arange(new) + 0.5) * old / new).astype(np.int64) for old, new in zip(values.shape, size))
-    return values[rows[:, None], columns]
+    return values[rows][:, columns]
 
 
 def _layer(values: np.ndarray) -> Layer:
     height, width = values.shape
-    return [width, height, _text(zlib.compress(np.ascontiguousarray(values), 6))]
+    return [width, height, _text(zlib.compress(np.ascontiguousarray(values), 4))]
 
 
 def _text(content: bytes) -> str:

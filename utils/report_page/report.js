@@ -133,7 +133,7 @@ function paint(canvas, kind, layer, other) {
   const put = (at, colour, alpha) => { picture.data.set(colour, 4 * at); picture.data[4 * at + 3] = alpha; };
   for (let y = 0, at = 0; y < height; y++) for (let x = 0; x < width; x++, at++) {
     const value = values[at];
-    if (kind === "heat") put(at, heat[value], 200);
+    if (kind === "heat") put(at, heat[value], 175);
     else if (kind === "errors") {
       const error = errorAt(value, other.values[at]);
       if (!error) put(at, [0, 0, 0], 120);
@@ -171,7 +171,7 @@ async function content(i) {
   const found = blocks.get(block);
   blocks.delete(block);
   blocks.set(block, found);  // the newest, for the next line
-  if (blocks.size > 40) blocks.delete(blocks.keys().next().value);
+  if (blocks.size > 80) blocks.delete(blocks.keys().next().value);
   return found[i % per];
 }
 const shows = i => [...new Set([...(images.truth[i] || []), ...images.found[i]])].filter(k => k > 0);
@@ -188,8 +188,12 @@ function card(i, large = false) {
   item.then(found => {
     if (!picture.isConnected && !large) return;
     const image = make("img", {alt: `photo ${id}; ${named}`, loading: "lazy", decoding: "async"});
-    image.onload = () => performance.getEntriesByName("first picture").length || performance.mark("first picture");
-    if (found.photo) { image.src = "data:image/jpeg;base64," + found.photo; picture.prepend(image); }
+    image.onload = () => {
+      URL.revokeObjectURL(image.src);
+      if (!performance.getEntriesByName("first picture").length) performance.mark("first picture");
+    };
+    // Browsers keep pictures of data: addresses in memory, those of a revoked blob: they do not.
+    if (found.photo) { image.src = URL.createObjectURL(new Blob([bytes(found.photo)], {type: "image/jpeg"})); picture.prepend(image); }
     else picture.prepend(make("span", {className: "lost", textContent: "the photo cannot be decoded"}));
     show();
   });
@@ -199,7 +203,7 @@ function card(i, large = false) {
     for (let j = 1; j < kinds.length; j++) {
       const weight = Math.max(0, 1 - Math.abs(slider.value - j));
       if (weight && !canvases[j]) {
-        canvases[j] = make("canvas", {"aria-hidden": "true"});
+        canvases[j] = make("canvas", {"aria-hidden": "true", "data-layer": kinds[j]});
         picture.append(canvases[j]);
         const errors = kinds[j] === "errors";
         paint(canvases[j], kinds[j], await layer(errors ? maskAt : j), errors && await layer(truthAt));
@@ -229,6 +233,10 @@ function card(i, large = false) {
                      make("span", {className: "scored", hidden: last < 0, textContent: number(iouOf(i, stage()))}));
   const element = make("div", {className: "card", role: large ? "group" : "listitem"}, picture, first, slider, make("div", {className: "line3"}, said, dots));
   element.show = to => { slider.value = to; show(); };
+  element.drop = () => {  // hand memory back at once, not at some garbage collection
+    element.remove();
+    for (const canvas of Object.values(canvases)) canvas.width = 0;
+  };
   return element;
 }
 
@@ -269,8 +277,6 @@ function filter() {
   if (order === "name") chosen.sort((a, b) => images.id[a] < images.id[b] ? -1 : 1);
   byId("count").textContent = `${chosen.length.toLocaleString()} of ${images.id.length.toLocaleString()} images` +
     (data.split > images.id.length ? `, a sample of the split's ${data.split.toLocaleString()}` : "");
-  for (const element of live.values()) element.remove();
-  live.clear();
   measure();
 }
 function measure() {
@@ -278,16 +284,17 @@ function measure() {
   const side = (width - gap * (columns - 1)) / columns, rem = parseFloat(getComputedStyle(document.documentElement).fontSize);
   form = {columns, side, gap, height: Math.round(side * 0.75 + 4.6 * rem)};
   grid.style.height = Math.ceil(chosen.length / columns) * (form.height + gap) + "px";
-  for (const element of live.values()) element.remove();
+  for (const element of live.values()) element.drop();
   live.clear();
   draw();
 }
 function draw() {
   const grid = byId("grid"), {columns, side, gap, height} = form, above = -grid.getBoundingClientRect().top;
   const from = Math.max(0, Math.floor(above / (height + gap)) - 1) * columns;
-  const to = Math.min(chosen.length, Math.ceil((above + innerHeight) / (height + gap) + 1) * columns);
+  const rows = Math.max(1, Math.ceil((above + innerHeight) / (height + gap) + 1));  // one even where none is in view yet
+  const to = Math.min(chosen.length, rows * columns);
   const wanted = new Set(chosen.slice(from, to));
-  for (const [i, element] of live) if (!wanted.has(i)) { element.remove(); live.delete(i); }
+  for (const [i, element] of live) if (!wanted.has(i)) { element.drop(); live.delete(i); }
   let next = grid.firstChild;
   for (let place = from; place < to; place++) {
     const i = chosen[place];
