@@ -5,7 +5,7 @@ Score maps are resampled corners on corners, up and down: the first and the last
 block of pixels: the half-cell convention would shift every map by (stride - 1) / 2 pixels. Inputs are resized to
 k * stride + 1 pixels, so that the corners of every grid lie on the corners of the image.
 Images, and label maps with them, are resampled as pictures, each pixel an area: corners then move by at most half a
-pixel. Aligning these too was tried, and made the seeds of the toy data spread worse (docs/results.md).
+pixel. Aligning these too was tried, and made the seeds of the toy data spread worse (docs/experiments.md).
 numpy and Pillow alone at the top: CRF workers import this file.
 """
 from __future__ import annotations
