@@ -9,8 +9,8 @@ PUBLISHED = {
     "masks": {"bg_alpha": 16.0, "beta": 8.0, "walk_steps": 256, "crf_preset": "psa"},
 }
 
-# Chosen on a third of the Pet sample and of VOC's animals together (docs/mixture.md).  Its maps are posteriors of whole
-# objects, which meet the background score of alpha 6 where they are undecided, and which a long walk would blur.
+# Chosen on a third of the Pet sample and of VOC's animals together (docs/experiments.md).  Its maps are posteriors of
+# whole objects, which meet the background score of alpha 6 where they are undecided, and which a long walk would blur.
 METHODS = {"mixture": {
     "stage1": {"scales": (1.0, 1.5)},
     "stage2": {"alpha_low": 4.0, "alpha_high": 24.0, "crf_preset": "irn"},
