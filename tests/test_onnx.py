@@ -11,6 +11,7 @@ from models.export.__main__ import main
 from models.weights import build_network, pack
 from src.pipeline import DeepLabPipeline, Pipeline
 from src.seeds import attach
+from src.seeds.mixture import binary_posterior
 from utils.checkpoint import save_checkpoint
 from utils.errors import UserError
 from utils.grids import capped_size, grid_size, resize_image, resize_maps, resize_tensor, snapped_size
@@ -137,6 +138,28 @@ def test_a_classifiers_maps_through_onnx_are_those_of_the_pipeline(made, tmp_pat
     assert 0 <= background.min() < background.max() <= 1
 
 
+def test_posteriors_next_to_nothing_keep_their_digits(tmp_path):
+    """The mixture stretches a class's posterior to its maximum; onnxruntime's sigmoid is never below 1e-8."""
+    pytest.importorskip("onnxruntime")
+
+    class Posterior(torch.nn.Module):
+        def forward(self, inner):
+            return binary_posterior(inner, torch.zeros_like(inner), torch.full_like(inner, 0.5))
+    odds = torch.linspace(-60, 60, 121)[None, None]
+    torch.onnx.export(Posterior(), (odds,), str(tmp_path / "a.onnx"), input_names=["inner"], dynamo=False)
+    (found,), expected = run(tmp_path / "a.onnx", inner=odds.numpy()).values(), torch.sigmoid(odds).numpy()
+    gap = abs(found / expected - 1).max()
+    assert gap < 1e-4, f"{gap:.1e} of a posterior"
+
+
+def test_a_mixtures_maps_can_be_left_out(made):
+    _, out, usage = made("mixture", "--no-maps")
+    assert [one["name"] for one in usage["inputs"]] == ["image"], usage["inputs"]
+    found = run(out, image=np.zeros((1, 3, 65, 65)))
+    assert list(found) == ["logits", "cam"] == [one["name"] for one in usage["outputs"]], list(found)
+    assert "'mixture', is not in the file" in usage["postprocessing"]["steps"][0], usage["postprocessing"]
+
+
 def test_a_file_of_fixed_size_takes_that_size_alone(made):
     _, out, usage = made("deeplab", "--size", "97", "65")
     assert usage["inputs"][0]["shape"] == [1, 3, 97, 65] and usage["preprocessing"]["size"] == [97, 65], usage["inputs"]
@@ -205,7 +228,7 @@ def test_a_graph_that_differs_is_not_kept(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     path = checkpoint(tmp_path / "a.pth.tar", "deeplab", "deeplab")
     monkeypatch.setattr(export, "TOLERANCE", 0.0)
-    with pytest.raises(UserError, match="onnxruntime differs from PyTorch by .* of the output's range at 265 x 281"):
+    with pytest.raises(UserError, match="onnxruntime differs from PyTorch by .* of an output's range at 265 x 281"):
         main([str(path), str(tmp_path / "a.onnx")])
     assert [one.name for one in tmp_path.iterdir()] == ["a.pth.tar"], "something was written"
 

@@ -41,15 +41,15 @@ class DeepLabGraph(nn.Module):
 class ClassifierGraph(nn.Module):
     """image (B, 3, H, W), normalised -> logits (B, K), and cam (B, K, h, w) before ReLU, of which they are the mean.
 
-    With a seed that has `view_maps`, also labels (B, K), 1 for each class that an image shows -> maps (B, K, h, w) in
-    [0, 1], 0 for other classes.  A row of zeros stands for the classes that the logits predict: those above 0, the
-    highest at least.
+    With a seed that has `view_maps`, unless `maps` is False, also labels (B, K), 1 for each class that an image shows
+    -> maps (B, K, h, w) in [0, 1], 0 for other classes.  A row of zeros stands for the classes that the logits predict:
+    those above 0, the highest at least.
     """
 
-    def __init__(self, network: Classifier):
+    def __init__(self, network: Classifier, maps: bool = True):
         super().__init__()
         self.network = network
-        self.mapped = hasattr(getattr(network, "seed", None), "view_maps")
+        self.mapped = maps and hasattr(getattr(network, "seed", None), "view_maps")
         self.inputs = ("image", "labels") if self.mapped else ("image",)
         self.outputs = ("logits", "cam", "maps") if self.mapped else ("logits", "cam")
 
@@ -68,9 +68,9 @@ class ClassifierGraph(nn.Module):
 Graph = DeepLabGraph | ClassifierGraph
 
 
-def graph_of(network: nn.Module) -> Graph:
-    """The graph of a network, ready for inference."""
-    return (DeepLabGraph if isinstance(network, DeepLab) else ClassifierGraph)(network).eval()
+def graph_of(network: nn.Module, maps: bool = True) -> Graph:
+    """The graph of a network, ready for inference.  maps: whether a seed's maps are among its outputs."""
+    return (DeepLabGraph(network) if isinstance(network, DeepLab) else ClassifierGraph(network, maps)).eval()
 
 
 def packages() -> tuple[ModuleType, ModuleType]:
@@ -124,9 +124,8 @@ def _silent() -> Iterator[None]:
 
 
 def sample(graph: Graph, count: int, size: Size) -> tuple[torch.Tensor, ...]:
-    """Random inputs of a graph, always the same; of two images one is given its labels."""
-    random = torch.Generator().manual_seed(0)
-    images = torch.randn(count, 3, *size, generator=random)
+    """Random inputs of a graph, always the same; the first image is given its labels."""
+    images = torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(0))
     if len(graph.inputs) == 1:
         return (images,)
     labels = torch.zeros(count, graph.network.head.out_channels)

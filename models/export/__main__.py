@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=side, nargs=2, metavar=("H", "W"),
                         help="height and width of its images in pixels, for runtimes that need a fixed size (default: "
                              "any size)")
+    parser.add_argument("--maps", action=argparse.BooleanOptionalAction, default=True,
+                        help="of the seed mixture, also its class maps (default: on)")
     args = parser.parse_args(argv)
     out, size = Path(args.out), tuple(args.size) if args.size else None
     if out.suffix != ".onnx":
@@ -52,14 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if size and size != snapped_size(size, stride):
         raise UserError(f"--size {size[0]} {size[1]}: images are resized to k * {stride} + 1 pixels a side, so that "
                         f"maps lie on their corners; pass --size {' '.join(map(str, snapped_size(size, stride)))}")
-    graph, gaps = export.graph_of(network), []
+    graph, gaps = export.graph_of(network, args.maps), []
     with atomic_path(out) as temporary:
         export.write_onnx(temporary, graph, size)
         for one in export.compared_sizes(size, stride):
             gaps.append(export.largest_gap(temporary, graph, one, 1 if size else 2))
             if not gaps[-1] <= export.TOLERANCE:
-                raise UserError(f"onnxruntime differs from PyTorch by {gaps[-1]:.1e} of the output's range at "
-                                f"{one[0]} x {one[1]} pixels; the file was not kept. Pass --size, or report it")
+                raise UserError(f"onnxruntime differs from PyTorch by {gaps[-1]:.1e} of an output's range at {one[0]} "
+                                f"x {one[1]} pixels; {out} was not written. Install another version of onnxruntime"
+                                + (", or pass --no-maps" if "maps" in graph.outputs else ""))
     write_json(out.with_suffix(".json"), usage(graph, payload, record, size))
     sizes = " and ".join(f"{height} x {width}" for height, width in export.compared_sizes(size, stride))
     print(f"Wrote {out} ({out.stat().st_size / 1e6:.1f} MB, {', '.join(graph.inputs)} -> {', '.join(graph.outputs)}) "

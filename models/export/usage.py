@@ -68,7 +68,7 @@ def _postprocessing(graph: Graph, options: dict) -> dict[str, object]:
     steps = [*_map_steps(graph), "background: (1 - highest map) ** bg_alpha; divide by the sum over classes and "
              "background"]
     return {"steps": steps, "bg_alpha": _bg_alpha(options),
-            **({"sharpness": graph.network.seed.sharpness} if graph.mapped else {}), **found}
+            **({"sharpness": getattr(graph.network.seed, "sharpness", 1.0)} if graph.mapped else {}), **found}
 
 
 def _bg_alpha(options: dict) -> float:

@@ -274,7 +274,10 @@ def log_prior(prior: torch.Tensor) -> torch.Tensor:
 
 def binary_posterior(inner: torch.Tensor, outer: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
     """Posterior (B, K, n) of each class against the background alone.  Arguments as of `posteriors`."""
-    return torch.sigmoid(inner + log_prior(prior) - outer - log_prior(1 - prior))
+    odds = inner + log_prior(prior) - outer - log_prior(1 - prior)
+    if torch.onnx.is_in_onnx_export():  # onnxruntime's sigmoid is never below 1e-8, and `spread` would show that
+        return 1 / (1 + torch.exp(-odds))
+    return torch.sigmoid(odds)
 
 
 def posteriors(inner: torch.Tensor, outer: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
