@@ -4,6 +4,10 @@
 
 Reads a stage-2 checkpoint of `make demo`; writes method-*.png to --output_dir. The images are drawn anew by
 data/toy_pet.py, from random numbers that no image of the toy dataset was drawn from.
+
+    python -m docs.make_pictures output/stage1_efficientnet_lite2/model_best.pth.tar --photo chelsea.png --label Bengal
+
+makes the front page's picture, photo.jpg, of a photo with a known class and any checkpoint of step 1 or 2.
 """
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from data.make_toy import BREEDS
 from data.toy_pet import BACKGROUND, BORDER, draw_pet
 from utils.errors import UserError
 from utils.files import atomic_path
+from utils.images import read_image
 from utils.labels import IGNORE
 from utils.runtime import run_main
 from utils.visualize import heatmap, overlay, overlay_mask, panel
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
     from src.pipeline import Cam, Pipeline
 
 SIZE, HEIGHT = 128, 128  # mean side of an image as in `make demo`; height of a picture in a panel, in pixels
+PHOTO_HEIGHT = 240
 OWN_DRAW = 2  # the toy dataset draws from (seed, 0 or 1, index)
 COLOURS = 255  # of a PNG: a palette takes a third of the bytes of full colour
 WALK = {"bg_alpha": 8.0, "walk_steps": 16, "crf_preset": "psa"}  # as in benchmarks/demo.py, as are the next
@@ -116,6 +122,14 @@ def mask_row(pipeline: Pipeline, one: Drawing) -> dict[str, Picture]:
             "ground truth": overlay_mask(one.image, one.truth)}
 
 
+def photo_row(pipeline: Pipeline, image: np.ndarray, label: str) -> dict[str, Picture]:
+    """Photo, CAM, the seed's class map, and the mask after the CRF."""
+    cam = pipeline.cam(image, [label])
+    return {f'photo, "{label}"': image, "CAM": heat(image, plain_cam(pipeline, image, cam)[0]),
+            "mixture's class map": heat(image, cam.maps[0]),
+            "mask": overlay_mask(image, pipeline.mask(image, [label]))}
+
+
 PANELS = {"method-seed": seed_row, "method-affinity": affinity_row, "method-mask": mask_row}
 
 
@@ -126,6 +140,12 @@ def save(path: Path, rows: Sequence[dict[str, Picture]]) -> None:
         drawn.quantize(COLOURS, dither=0).save(temporary, format="PNG", optimize=True)
 
 
+def save_photo(path: Path, row: dict[str, Picture]) -> None:
+    """Write a row of pictures by title as a JPEG."""
+    with atomic_path(path) as temporary:
+        panel([list(row.values())], list(row), height=PHOTO_HEIGHT).save(temporary, format="JPEG", quality=88)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m docs.make_pictures", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,10 +154,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                                                                                      "(default: docs/images)")
     parser.add_argument("--images", type=int, nargs="+", default=[1, 7, 4], metavar="N",
                         help="numbers of the drawings, from 0, one a row (default: 1 7 4)")
+    parser.add_argument("--photo", type=Path, help="make photo.jpg of this photo instead (default: none)")
+    parser.add_argument("--label", help="class of the photo, a name that the checkpoint knows")
     args = parser.parse_args(argv)
+    if (args.photo is None) != (args.label is None):
+        parser.error("--photo and --label belong together; pass both or neither")
     if min(args.images) < 0:
         parser.error(f"--images {min(args.images)}: pass numbers from 0")
     from src.pipeline import Pipeline
+    if args.photo is not None:
+        row = photo_row(Pipeline.load(args.checkpoint, precision="fp32"), read_image(args.photo), args.label)
+        save_photo(args.output_dir / "photo.jpg", row)
+        print(f"Wrote {args.output_dir / 'photo.jpg'}")
+        return
     pipeline = Pipeline.load(args.checkpoint, precision="fp32", **WALK)
     drawings = draw(pipeline.classes, args.images)
     for name, row in PANELS.items():

@@ -21,7 +21,7 @@ SCRIPTS = ("run_train.py --stage 1", "run_train.py --stage 2", "run_inference.py
 OF_OTHERS = {"--shm-size"}  # flags of Docker
 PYTHON = re.compile(r"(?:^|[\s`])(?:[\w./]+/)?python3? +(?:-m +)?(?P<what>[\w./]+)(?P<rest>.*)")
 TORCHRUN = re.compile(r"\btorchrun +.*?(?P<what>\b\w+\.py)(?P<rest>.*)")
-MAKE = re.compile(r"^(?:\$ )?make +(?P<targets>[a-z][\w -]*)")
+MAKE = re.compile(r"^(?:\$ )?make +(?P<targets>[a-z][a-z -]*)")
 END = re.compile(r" # | {2,}#| \(|\$\(|\|\||&&|\||`|\.\.\.| > |;")  # what may follow a command in its line
 PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_,]*")
 
