@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from report_page import read_report
 from script_runs import DATA, MACHINE, ROOT, STAGE2, chain, checkpoint, copy, environment, files, finish, read_json
 
 from data.make_toy import make_toy
@@ -167,6 +168,15 @@ def test_two_ranks_count_the_same_scores(both, folder):
         for kind, entry in kinds.items():
             for name, value in entry.items():
                 assert value == pytest.approx(two["scores"][stage][kind][name], abs=1e-9), f"{stage} {kind} {name}"
+
+
+@pytest.mark.parametrize("folder", ["two/eval", "two/deeplab"])
+def test_two_ranks_write_the_report_of_one_and_leave_no_part_of_it(both, folder):
+    one, two = (read_report(result.folder / folder / "report.html") for result in both)
+    assert list(one.cards) == list(two.cards) and one.cards == two.cards, f"{list(one.cards)}, {list(two.cards)}"
+    assert one.data["images"]["truth"] == two.data["images"]["truth"], two.data["images"]
+    left = [name for result in both for name in files(result.folder / folder) if name.endswith(".tmp")]
+    assert not left, f"left behind: {left}"
 
 
 def test_only_rank_0_speaks(both):

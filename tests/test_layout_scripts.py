@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from report_page import read_report
 from script_runs import MACHINE, SMALL, STAGE2, chain, copy, files, finish, fork, read_json, run, start
 from test_refusals import check_one_line
 from trees import CATEGORIES, VOC_SHOWN, coco_stem, make_coco, make_voc, opened
@@ -190,6 +191,8 @@ def server(folder, get):
 def test_the_archive_holds_every_mask_of_the_test_split_as_the_server_wants_it(server):
     place = "results/VOC2012/Segmentation/comp6_test_cls"
     assert "masks only, no scores" in server.made.stdout and "2 masks in" in server.made.stdout, server.made.stdout
+    page = read_report(server.folder / "output/deeplab_test/report.html")
+    assert page.data["rows"] == [] and list(page.cards) == ["2007_000012", "2007_000013"], list(page.cards)
     with tarfile.open(server.folder / "out.tgz") as archive:
         assert sorted(archive.getnames()) == [f"{place}/2007_{number:06d}.png" for number in (12, 13)]
         for member in archive:

@@ -8,12 +8,12 @@ import shutil
 import time
 import tracemalloc
 import zlib
-from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from report_page import read_report
 from script_runs import read_json
 
 from src import gallery
@@ -28,7 +28,7 @@ from utils.files import load_scores, save_cam, save_scores
 from utils.images import read_image
 from utils.labels import save_mask
 from utils.maps import foreground_probability, with_background
-from utils.report import Cards, Layer, Page, class_colours, hex_colours, write_report
+from utils.report import Cards, Page, class_colours, hex_colours, write_report
 
 CLASSES = ['</script><script>window.hacked = "class"</script>', '"quoted" & \'single\'', "<img src=x onerror=hacked()>",
            "猫 Käse", "never seen"]
@@ -36,41 +36,6 @@ IDS = ["plain", "it's <b>bold & 'q\"", "猫<!--", "portrait", "broken", "nothing
 SIZES = [(40, 400), (300, 200), (60, 90), (120, 50), (50, 70), (64, 64)]
 HOW = MaskConfig(CRF(CRFParams(3, 3, 20, 13, 10, 1), "torch", "cpu"), 64, 0.4)
 HEAT = ["#000000"] * thumbnails.LEVELS
-
-
-class Reader(HTMLParser):
-    """Collects the elements of a page, the texts of its cells, and its blocks of JSON by id."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.cells, self.blocks, self.texts, self._open = [], [], {}, [], None
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        self._open = (tag, dict(attributes))
-        if tag in ("td", "th"):
-            self.cells.append("")
-
-    def handle_data(self, text):
-        tag, attributes = self._open or ("", {})
-        if tag == "script" and attributes.get("type"):
-            self.blocks[attributes["id"]] = self.blocks.get(attributes["id"], "") + text
-        elif tag in ("td", "th"):
-            self.cells[-1] += text
-        elif tag not in ("script", "style"):
-            self.texts.append(text)
-
-    def handle_endtag(self, tag):
-        self._open = None
-
-
-def read_report(path):
-    """.reader, .data (what the script needs at once), .cards: {image id: card}."""
-    reader = Reader(path.read_text(encoding="utf-8"))
-    data = json.loads(reader.blocks.pop("data"))
-    cards = [card for number in range(len(reader.blocks)) for card in json.loads(reader.blocks[f"cards{number}"])]
-    return SimpleNamespace(reader=reader, data=data, cards=dict(zip(data["images"]["id"], cards)), count=len(cards))
 
 
 def unpacked(layer):
@@ -84,7 +49,8 @@ def make_split(root):
     for folder in ("images", "masks"):
         (root / folder).mkdir(parents=True)
     for number, (image_id, (height, width)) in enumerate(zip(IDS, SIZES)):
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(root / "images" / f"{number}.jpg")
+        photo = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(photo).save(root / "images" / f"{number}.jpg")
         truth = np.zeros((height, width), np.uint8)
         if image_id != "nothing":
             truth[height // 4:height // 2, width // 4:] = number % 4 + 1
@@ -128,8 +94,10 @@ def test_the_table_shows_the_figures_of_the_record_and_tells_fixed_from_oracle(s
         fixed = [f"{row['fixed'][key]:.3f}" for key in ("miou", "fg_iou", "image_fg_iou")]
         assert shown[:4] == ["" if name == "central box" else "0.40", *fixed], f"{name}: {shown}, not {fixed}"
         oracle = row.get("oracle")
-        expected = ["oracle", f"{oracle['threshold']:.2f}", *(f"{oracle[key]:.3f}" for key in
-                                                              ("miou", "fg_iou", "image_fg_iou"))] if oracle else [""] * 5
+        expected = [""] * 5
+        if oracle:
+            best = [f"{oracle[key]:.3f}" for key in ("miou", "fg_iou", "image_fg_iou")]
+            expected = ["oracle", f"{oracle['threshold']:.2f}", *best]
         assert shown[4:] == expected, f"{name}: {shown[4:]}, not {expected}"
 
 
@@ -164,7 +132,8 @@ def test_curves_of_all_swept_stages_are_drawn_with_their_oracles(scored):
     assert len(lines) == len(dots) == 3, f"{len(lines)} curves, {len(dots)} oracles"
     points = [tuple(map(float, point.split(","))) for point in lines[0]["points"].split()]
     best = min(points, key=lambda point: point[1])  # y grows downwards
-    assert (float(dots[0]["cx"]), float(dots[0]["cy"])) in points and float(dots[0]["cy"]) == best[1], f"{dots[0]} {best}"
+    dot = float(dots[0]["cx"]), float(dots[0]["cy"])
+    assert dot in points and dot[1] == best[1], f"oracle drawn at {dot}, best point {best}"
 
 
 # --- cards -----------------------------------------------------------------------------------------------------------
@@ -259,7 +228,8 @@ def test_a_gallery_of_a_larger_split_is_a_sample_that_says_so(scored, tmp_path, 
         save_mask(tmp_path / "masks" / f"{image_id}.png", np.zeros(scored.dataset.size(index), np.uint8))
     evaluate_masks(scored.dataset, tmp_path / "masks", tmp_path / "out", record_of(mask_dir="masks"))
     page = read_report(tmp_path / "out/report.html")
-    assert sorted(page.data["images"]["id"]) == sorted([IDS[0], IDS[-1]]) and page.data["split"] == 6, page.data["images"]
+    assert sorted(page.data["images"]["id"]) == sorted([IDS[0], IDS[-1]]), page.data["images"]
+    assert page.data["split"] == 6 and page.count == 2, f"{page.count} of {page.data['split']}"
 
 
 def test_small_photos_are_whole_ones_shrunk_and_turned_as_displayed(tmp_path):
@@ -282,10 +252,10 @@ def test_no_name_becomes_markup_and_every_name_survives(scored):
     text = (scored.out / "report.html").read_text(encoding="utf-8")
     scripts = [attributes for tag, attributes in scored.page.reader.tags if tag == "script"]
     assert len(scripts) == 3, f"{len(scripts)} script elements: {scripts}"  # data, the script, one block of cards
-    allowed = {"html", "head", "meta", "title", "style", "body", "a", "header", "h1", "h2", "dl", "div", "dt", "dd", "td",
-               "details", "summary", "table", "tbody", "tr", "th", "noscript", "p", "main", "section", "thead", "svg",
-               "text", "line", "polyline", "circle", "ul", "li", "small", "label", "select", "span", "button", "ol",
-               "canvas", "input", "dialog", "script"}
+    allowed = {"html", "head", "meta", "title", "style", "body", "a", "header", "h1", "h2", "dl", "div", "dt", "dd",
+               "td", "details", "summary", "table", "tbody", "tr", "th", "noscript", "p", "main", "section", "thead",
+               "svg", "text", "line", "polyline", "circle", "ul", "li", "small", "label", "select", "span", "button",
+               "ol", "canvas", "input", "dialog", "script"}
     found = {tag for tag, _ in scored.page.reader.tags}
     assert found <= allowed, f"elements {found - allowed}"
     assert not [name for _, attributes in scored.page.reader.tags for name in attributes if name.startswith("on")]
@@ -373,16 +343,15 @@ def test_scoring_that_fails_leaves_no_report(scored, tmp_path):
     assert not list((tmp_path / "out").iterdir()), f"{list((tmp_path / 'out').iterdir())}"
 
 
-def test_an_earlier_report_beside_new_scores_is_told_of(scored, tmp_path, capsys):
-    masks = tmp_path / "masks"
-    save_mask(masks / "plain.png", np.zeros(SIZES[0], np.uint8))
-    for expected in (False, True):
-        evaluate(scored.dataset.subset([0]), [Stage("masks", "mask", masks)], HOW, 0, tmp_path,
-                 {"labels": "gt", "bg_threshold": 0.4})
-        assert ("is of an earlier run" in capsys.readouterr().err) == expected
-        assert (tmp_path / "report.html").is_file() == expected, "written without being asked"
-        (tmp_path / "report.html").write_text("earlier")
-    assert (tmp_path / "report.html").read_text() == "earlier"
+def test_without_the_flag_an_earlier_report_is_left_and_told_of(scored, tmp_path, capsys):
+    save_mask(tmp_path / "masks" / "plain.png", np.zeros(SIZES[0], np.uint8))
+    gallery.tell_of_earlier(tmp_path)
+    assert not capsys.readouterr().err, "there is none"
+    (tmp_path / "report.html").write_text("earlier")
+    evaluate(scored.dataset.subset([0]), [Stage("masks", "mask", tmp_path / "masks")], HOW, 0, tmp_path,
+             {"labels": "gt", "bg_threshold": 0.4})
+    assert "report.html is of an earlier run" in capsys.readouterr().err
+    assert (tmp_path / "report.html").read_text() == "earlier" and (tmp_path / "scores.json").is_file()
 
 
 def test_colours_of_many_classes_all_differ():
@@ -391,10 +360,6 @@ def test_colours_of_many_classes_all_differ():
     assert [colours[k] for k in range(1, 4)] == ["#e69f00", "#56b4e9", "#009e73"], "the safest come first"
     with pytest.raises(ValueError, match="32 colours"):
         hex_colours(np.zeros((3, 3), np.uint8))
-
-
-def test_layers_of_a_page_are_plain_words():
-    assert vars(Layer("a", "heat", "b")) == {"name": "a", "kind": "heat", "note": "b"}
 
 
 # --- the scripts -----------------------------------------------------------------------------------------------------
@@ -438,7 +403,7 @@ def wait_for(browser, condition, seconds=15):
 
 
 def shown_ids(browser):
-    return browser.execute_script("return [...document.querySelectorAll('#grid .line1 :first-child')].map(e => e.title)")
+    return browser.execute_script("return [...document.querySelectorAll('#grid .line1')].map(e => e.firstChild.title)")
 
 
 def choose(browser, name, value):
@@ -511,7 +476,8 @@ def test_a_slider_goes_from_photo_to_errors_and_the_pixels_are_the_masks(opened,
     assert names == ["photo", "seed (CAM)", "walk", "mask", "ground truth", "errors"], names
     choose(opened, "find", "plain")
     for step, name in enumerate(names):
-        opened.execute_script("const s = document.querySelector('#grid input'); s.value = arguments[0]; s.oninput()", step)
+        opened.execute_script("const slider = document.querySelector('#grid input'); slider.value = arguments[0];"
+                              "slider.oninput()", step)
         wait_for(opened, f"document.querySelector('#grid output').textContent === {json.dumps(name)}")
         canvases = wait_for(opened, f"document.querySelectorAll('#grid canvas').length >= {step}"
                                     " && [...document.querySelectorAll('#grid canvas')].map(c => +c.style.opacity)")

@@ -34,12 +34,13 @@ function drawBars() {
   const shown = classes.map((_, k) => k).filter(k => iou[k] !== null);
   shown.sort((a, b) => sortBars.byName ? (a && b ? classes[a].localeCompare(classes[b]) : a - b) : iou[a] - iou[b]);
   byId("bars").replaceChildren(...shown.map(k => {
-    const fill = make("span"), named = [swatch(k), make("span", {className: "name", textContent: classes[k], title: classes[k]})];
+    const fill = make("span"), name = make("span", {className: "name", textContent: classes[k], title: classes[k]});
     fill.style.width = 100 * iou[k] + "%";
     fill.style.background = k ? colours[k] : "#8a929c";
-    const choose = make("button", {disabled: k === 0}, ...named);
+    const choose = make("button", {disabled: k === 0}, swatch(k), name);
     choose.onclick = () => { byId("class").value = k; filter(); byId("gallery").scrollIntoView(); };
-    return make("li", {}, choose, make("span", {className: "bar"}, fill), make("span", {className: "value", textContent: number(iou[k])}));
+    return make("li", {}, choose, make("span", {className: "bar"}, fill),
+                make("span", {className: "value", textContent: number(iou[k])}));
   }));
   byId("by-iou").setAttribute("aria-pressed", !sortBars.byName);
   byId("by-name").setAttribute("aria-pressed", sortBars.byName);
@@ -53,8 +54,9 @@ function drawConfusions() {
   const shown = [...new Set(cells.flatMap(([i, j]) => [i, j]))].sort((a, b) => a - b);
   Object.assign(matrix, {shown, sums, counts: new Map(cells.map(([i, j, n]) => [i + "," + j, n])), at: [0, 0]});
   const errors = wrong.reduce((sum, cell) => sum + cell[2], 0);
-  byId("confusions").replaceChildren(...wrong.sort((a, b) => b[2] - a[2]).slice(0, 10).map(([i, j, n]) => make("tr", {},
-    ...[classes[i], classes[j], share(n / sums.get(i)), share(n / errors)].map(text => make("td", {textContent: text})))));
+  const cell = text => make("td", {textContent: text});
+  byId("confusions").replaceChildren(...wrong.sort((a, b) => b[2] - a[2]).slice(0, 10).map(([i, j, n]) =>
+    make("tr", {}, ...[classes[i], classes[j], share(n / sums.get(i)), share(n / errors)].map(cell))));
   paintMatrix();
 }
 function paintMatrix() {
@@ -70,8 +72,8 @@ function paintMatrix() {
   canvas.width = canvas.height = Math.ceil(size * scale);
   canvas.style.width = canvas.style.height = size + "px";
   pen.scale(scale, scale);
-  const ink = style.getPropertyValue("--ink"), [line, accent] = ["--line", "--accent"].map(name => style.getPropertyValue(name));
-  pen.fillStyle = style.getPropertyValue("--wash");
+  const [ink, accent, wash] = ["--ink", "--accent", "--wash"].map(name => style.getPropertyValue(name));
+  pen.fillStyle = wash;
   pen.fillRect(names, names, size - names, size - names);
   shown.forEach((i, row) => shown.forEach((j, column) => {
     const part = (counts.get(i + "," + j) || 0) / (sums.get(i) || 1);
@@ -113,10 +115,12 @@ function tellCell(row, column) {
 // --- what a picture shows --------------------------------------------------------------------------------------------
 
 const ERRORS = {correct: "#56b4e9", missed: "#e69f00", "false": "#cc79a7", "wrong class": "#f0e442"};
-const MEANING = {correct: "object, found", missed: "object, missed (solid)", "false": "background, taken for an object (stripes)",
+const MEANING = {correct: "object, found", missed: "object, missed (solid)",
+                 "false": "background, taken for an object (stripes)",
                  "wrong class": "object, taken for another class (dots)"};
 const errorColours = Object.fromEntries(Object.entries(ERRORS).map(([kind, text]) => [kind, rgb(text)]));
-const kinds = ["photo", ...layers.map(layer => layer.kind)], shownLayers = ["photo", ...layers.map(layer => layer.name)];
+const kinds = ["photo", ...layers.map(layer => layer.kind)];
+const shownLayers = ["photo", ...layers.map(layer => layer.name)];
 const maskAt = kinds.indexOf("mask"), truthAt = kinds.indexOf("truth");
 if (maskAt > 0 && truthAt > 0) { kinds.push("errors"); shownLayers.push("errors"); }
 let position = maskAt > 0 ? maskAt : 0;
@@ -126,7 +130,10 @@ async function inflate([width, height, text]) {
   const stream = new Blob([bytes(text)]).stream().pipeThrough(new DecompressionStream("deflate"));
   return {width, height, values: new Uint8Array(await new Response(stream).arrayBuffer())};
 }
-const errorAt = (found, truth) => truth === 255 ? "" : found === truth ? (truth ? "correct" : "") : !found ? "missed" : !truth ? "false" : "wrong class";
+function errorAt(found, truth) {
+  if (truth === 255 || (!found && !truth)) return "";
+  return found === truth ? "correct" : !found ? "missed" : !truth ? "false" : "wrong class";
+}
 
 function paint(canvas, kind, layer, other) {
   const {width, height, values} = layer, picture = new ImageData(width, height);
@@ -141,7 +148,8 @@ function paint(canvas, kind, layer, other) {
                : error === "wrong class" && x % 4 < 2 && y % 4 < 2 ? 90 : 235);
     } else if (value === 255) put(at, [128, 128, 128], (x + y) % 4 < 2 ? 220 : 120);
     else if (value) {
-      const edge = x === 0 || y === 0 || x === width - 1 || y === height - 1 || [at - 1, at + 1, at - width, at + width].some(next => values[next] !== value);
+      const edge = x === 0 || y === 0 || x === width - 1 || y === height - 1
+        || [at - 1, at + 1, at - width, at + width].some(next => values[next] !== value);
       put(at, edge ? [255, 255, 255] : palette[value] || [255, 255, 255], edge ? 235 : 165);
     }
   }
@@ -149,12 +157,13 @@ function paint(canvas, kind, layer, other) {
   canvas.getContext("2d").putImageData(picture, 0, 0);
 }
 function tell(kind, layer, x, y, other) {
-  const at = Math.min(layer.height - 1, Math.floor(y * layer.height)) * layer.width + Math.min(layer.width - 1, Math.floor(x * layer.width));
+  const at = Math.floor(y * layer.height) * layer.width + Math.floor(x * layer.width);
   const value = layer.values[at];
   if (kind === "heat") return `foreground ${(value / (heat.length - 1)).toFixed(2)}`;
   if (kind !== "errors") return value === 255 ? "ignored" : classes[value];
   const truth = other.values[at], error = errorAt(value, truth);
-  return truth === 255 ? "ignored" : !error ? "background" : error === "wrong class" ? `${classes[truth]} as ${classes[value]}`
+  if (!error) return truth === 255 ? "ignored" : "background";
+  return error === "wrong class" ? `${classes[truth]} as ${classes[value]}`
     : `${error}: ${classes[error === "false" ? value : truth]}`;
 }
 
@@ -165,7 +174,8 @@ async function content(i) {
   const block = Math.floor(i / per), name = "cards" + block;
   if (!blocks.has(block)) {
     // While the file is still being read, a block is whole once the next element has begun.
-    while (!byId(name) || (!byId(name).nextElementSibling && document.readyState === "loading")) await new Promise(done => setTimeout(done, 20));
+    const whole = () => byId(name) && (byId(name).nextElementSibling || document.readyState !== "loading");
+    while (!whole()) await new Promise(done => setTimeout(done, 20));
     if (!blocks.has(block)) blocks.set(block, JSON.parse(byId(name).textContent));
   }
   const found = blocks.get(block);
@@ -179,22 +189,26 @@ const iouOf = (i, row = last) => row < 0 ? null : rows[row].images[i];
 
 function card(i, large = false) {
   const id = images.id[i], named = shows(i).map(k => classes[k]).join(", ") || "no object";
-  const picture = make(large ? "div" : "button", {className: "picture", title: large ? "" : id, "aria-label": `${id}: enlarge`});
-  const slider = make("input", {type: "range", min: 0, max: kinds.length - 1, step: 0.1, value: position, "aria-label": `layer of ${id}`});
+  const picture = make(large ? "div" : "button", {className: "picture", title: large ? "" : `enlarge ${id}`});
+  const slider = make("input", {type: "range", min: 0, max: kinds.length - 1, step: 0.1, value: position,
+                                "aria-label": `layer of ${id}`});
   const said = make("output"), canvases = {}, decoded = {};
   const at = () => Math.round(slider.value);
   const layer = j => decoded[j] = decoded[j] || item.then(found => inflate(found.layers[j - 1]));
   const item = content(i);
   item.then(found => {
     if (!picture.isConnected && !large) return;
-    const image = make("img", {alt: `photo ${id}; ${named}`, loading: "lazy", decoding: "async"});
+    // Not loading="lazy": only cards in view are here, and a lazy one would wait until the whole file has been read.
+    const image = make("img", {alt: `photo ${id}; ${named}`, decoding: "async"});
     image.onload = () => {
       URL.revokeObjectURL(image.src);
       if (!performance.getEntriesByName("first picture").length) performance.mark("first picture");
     };
     // Browsers keep pictures of data: addresses in memory, those of a revoked blob: they do not.
-    if (found.photo) { image.src = URL.createObjectURL(new Blob([bytes(found.photo)], {type: "image/jpeg"})); picture.prepend(image); }
-    else picture.prepend(make("span", {className: "lost", textContent: "the photo cannot be decoded"}));
+    if (found.photo) {
+      image.src = URL.createObjectURL(new Blob([bytes(found.photo)], {type: "image/jpeg"}));
+      picture.prepend(image);
+    } else picture.prepend(make("span", {className: "lost", textContent: "the photo cannot be decoded"}));
     show();
   });
   async function show() {
@@ -218,7 +232,8 @@ function card(i, large = false) {
     const y = (event.clientY - box.top - (box.height - size[0] * scale) / 2) / (size[0] * scale);
     if (j === 0 || x < 0 || x >= 1 || y < 0 || y >= 1) return;
     const errors = kinds[j] === "errors";
-    said.textContent = `${shownLayers[j]}: ` + tell(kinds[j], await layer(errors ? maskAt : j), x, y, errors && await layer(truthAt));
+    const shown = await layer(errors ? maskAt : j), truth = errors && await layer(truthAt);
+    said.textContent = `${shownLayers[j]}: ${tell(kinds[j], shown, x, y, truth)}`;
   }
   slider.oninput = show;
   slider.onkeydown = event => {  // a key moves by a whole layer, the pointer also between two
@@ -231,7 +246,8 @@ function card(i, large = false) {
   const dots = make("span", {className: "swatches", title: named}, ...shows(i).slice(0, 8).map(swatch));
   const first = make("div", {className: "line1"}, make("span", {textContent: large ? named : id, title: id}),
                      make("span", {className: "scored", hidden: last < 0, textContent: number(iouOf(i, stage()))}));
-  const element = make("div", {className: "card", role: large ? "group" : "listitem"}, picture, first, slider, make("div", {className: "line3"}, said, dots));
+  const element = make("div", {className: "card", role: large ? "group" : "listitem"}, picture, first, slider,
+                       make("div", {className: "line3"}, said, dots));
   element.show = to => { slider.value = to; show(); };
   element.drop = () => {  // hand memory back at once, not at some garbage collection
     element.remove();
@@ -240,18 +256,21 @@ function card(i, large = false) {
   return element;
 }
 
+function table(title, entries) {
+  const line = ([name, value, k]) => make("tr", {},
+    make("th", {scope: "row"}, ...(k === undefined ? [] : [swatch(k)]), name), make("td", {textContent: value}));
+  return make("table", {}, make("caption", {textContent: title}), make("tbody", {}, ...entries.map(line)));
+}
 function openDetail(i) {
-  const tables = [];
-  const table = (title, entries) => make("table", {}, make("caption", {textContent: title}), make("tbody", {}, ...entries.map(([name, value, k]) =>
-    make("tr", {}, make("th", {scope: "row"}, ...(k === undefined ? [] : [swatch(k)]), name), make("td", {textContent: value})))));
-  if (last >= 0) tables.push(table("foreground IoU", rows.map(row => [row.name, number(row.images[i])])));
+  const figures = make("div");
+  if (last >= 0) figures.append(table("foreground IoU", rows.map(row => [row.name, number(row.images[i])])));
   detail.at = i;
   byId("detail-title").textContent = images.id[i];
-  byId("large").replaceChildren(card(i, true), make("div", {}, ...tables));
+  byId("large").replaceChildren(card(i, true), figures);
   content(i).then(found => {
-    if (detail.at !== i) return;
-    if (last >= 0) byId("large").lastChild.append(table(`IoU by class, ${rows[last].name}`, Object.entries(found.iou).map(([k, iou]) => [classes[k], number(iou), Number(k)])));
-    byId("large").lastChild.append(make("p", {className: "note", textContent: `${found.size[1]} × ${found.size[0]} pixels`}));
+    const classIou = Object.entries(found.iou).map(([k, iou]) => [classes[k], number(iou), Number(k)]);
+    if (last >= 0) figures.append(table(`IoU by class, ${rows[last].name}`, classIou));
+    figures.append(make("p", {className: "note", textContent: `${found.size[1]} × ${found.size[0]} pixels`}));
   });
   if (!byId("detail").open) byId("detail").showModal();
 }
@@ -270,7 +289,8 @@ function filter() {
   const low = Number(byId("low").value), high = Number(byId("high").value), every = low <= 0 && high >= 1;
   const iou = last < 0 ? [] : rows[stage()].images;
   const inside = i => last < 0 || every || (iou[i] !== null && iou[i] >= low && iou[i] <= high);
-  chosen = images.id.map((_, i) => i).filter(i => (!part || images.id[i].toLowerCase().includes(part)) && (!k || shows(i).includes(k)) && inside(i));
+  chosen = images.id.map((_, i) => i).filter(i => (!part || images.id[i].toLowerCase().includes(part))
+                                             && (!k || shows(i).includes(k)) && inside(i));
   const rank = i => iou[i] === null ? 2 : iou[i];
   if (order === "worst") chosen.sort((a, b) => rank(a) - rank(b));
   if (order === "best") chosen.sort((a, b) => (iou[b] ?? -1) - (iou[a] ?? -1));
@@ -280,8 +300,10 @@ function filter() {
   measure();
 }
 function measure() {
-  const grid = byId("grid"), gap = 14, width = grid.clientWidth, columns = Math.max(1, Math.floor((width + gap) / ((width < 480 ? 150 : 200) + gap)));
-  const side = (width - gap * (columns - 1)) / columns, rem = parseFloat(getComputedStyle(document.documentElement).fontSize);
+  const grid = byId("grid"), gap = 14, width = grid.clientWidth, least = width < 480 ? 150 : 200;
+  const columns = Math.max(1, Math.floor((width + gap) / (least + gap)));
+  const side = (width - gap * (columns - 1)) / columns;
+  const rem = parseFloat(getComputedStyle(document.documentElement).fontSize);
   form = {columns, side, gap, height: Math.round(side * 0.75 + 4.6 * rem)};
   grid.style.height = Math.ceil(chosen.length / columns) * (form.height + gap) + "px";
   for (const element of live.values()) element.drop();
@@ -291,8 +313,8 @@ function measure() {
 function draw() {
   const grid = byId("grid"), {columns, side, gap, height} = form, above = -grid.getBoundingClientRect().top;
   const from = Math.max(0, Math.floor(above / (height + gap)) - 1) * columns;
-  const rows = Math.max(1, Math.ceil((above + innerHeight) / (height + gap) + 1));  // one even where none is in view yet
-  const to = Math.min(chosen.length, rows * columns);
+  const below = Math.max(1, Math.ceil((above + innerHeight) / (height + gap) + 1));  // one even where none is in view
+  const to = Math.min(chosen.length, below * columns);
   const wanted = new Set(chosen.slice(from, to));
   for (const [i, element] of live) if (!wanted.has(i)) { element.drop(); live.delete(i); }
   let next = grid.firstChild;
@@ -302,8 +324,8 @@ function draw() {
     const element = card(i);
     element.setAttribute("aria-setsize", chosen.length);
     element.setAttribute("aria-posinset", place + 1);
-    Object.assign(element.style, {width: side + "px", height: height + "px",
-      transform: `translate(${(place % columns) * (side + gap)}px, ${Math.floor(place / columns) * (height + gap)}px)`});
+    const x = (place % columns) * (side + gap), y = Math.floor(place / columns) * (height + gap);
+    Object.assign(element.style, {width: side + "px", height: height + "px", transform: `translate(${x}px, ${y}px)`});
     live.set(i, element);
     grid.insertBefore(element, next);
   }
@@ -317,7 +339,7 @@ function showLayer(j) {
 // --- beginning -------------------------------------------------------------------------------------------------------
 
 function drawKey() {
-  const key = byId("key"), tile = (colour, draw) => { const canvas = make("canvas", {className: "tile", width: 12, height: 12}); draw(canvas); return canvas; };
+  const key = byId("key"), flat = value => ({width: 12, height: 12, values: new Uint8Array(144).fill(value)});
   if (kinds.includes("heat")) {
     const bar = make("canvas");
     paint(bar, "heat", {width: heat.length, height: 1, values: Uint8Array.from(heat, (_, level) => level)});
@@ -325,8 +347,9 @@ function drawKey() {
   }
   if (kinds.includes("errors")) for (const kind of Object.keys(ERRORS)) {
     const [found, truth] = {correct: [1, 1], missed: [0, 1], "false": [1, 0], "wrong class": [2, 1]}[kind];
-    const flat = value => ({width: 12, height: 12, values: new Uint8Array(144).fill(value)});
-    key.append(make("span", {}, tile(kind, canvas => paint(canvas, "errors", flat(found), flat(truth))), MEANING[kind]));
+    const tile = make("canvas", {className: "tile"});
+    paint(tile, "errors", flat(found), flat(truth));
+    key.append(make("span", {}, tile, MEANING[kind]));
   }
   key.append(...occurring.map(k => make("span", {}, swatch(k), classes[k])));
 }
@@ -339,7 +362,8 @@ function start() {
   }
   byId("class").append(option(0, "all"), ...occurring.map(k => option(k, classes[k])));
   byId("stage").append(...rows.map((row, at) => option(at, row.name)));
-  byId("order").append(...(last < 0 ? [option("split", "as in the split")] : [option("worst", "worst first"), option("best", "best first")]), option("name", "by name"));
+  const orders = last < 0 ? [["split", "as in the split"]] : [["worst", "worst first"], ["best", "best first"]];
+  byId("order").append(...[...orders, ["name", "by name"]].map(([value, text]) => option(value, text)));
   if (last >= 0) {
     byId("stage").value = last;
     byId("class-stage").append(...rows.map((row, at) => option(at, row.name)));
@@ -347,8 +371,11 @@ function start() {
     byId("class-stage").onchange = () => { drawBars(); drawConfusions(); };
     byId("by-iou").onclick = () => { sortBars.byName = false; drawBars(); };
     byId("by-name").onclick = () => { sortBars.byName = true; drawBars(); };
-    const canvas = byId("matrix"), place = (position, start) => Math.floor((position - start - matrix.names) / matrix.cell);
-    canvas.onpointermove = canvas.onpointerdown = event => { const box = canvas.getBoundingClientRect(); tellCell(place(event.clientY, box.top), place(event.clientX, box.left)); };
+    const canvas = byId("matrix"), place = along => Math.floor((along - matrix.names) / matrix.cell);
+    canvas.onpointermove = canvas.onpointerdown = event => {
+      const box = canvas.getBoundingClientRect();
+      tellCell(place(event.clientY - box.top), place(event.clientX - box.left));
+    };
     canvas.onkeydown = event => {
       const step = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]}[event.key];
       if (step) { tellCell(matrix.at[0] + step[0], matrix.at[1] + step[1]); event.preventDefault(); }
@@ -362,11 +389,20 @@ function start() {
   byId("next").onclick = () => turn(1);
   byId("close").onclick = () => byId("detail").close();
   byId("detail").onkeydown = event => {
-    if (event.target.type !== "range" && (event.key === "ArrowLeft" || event.key === "ArrowRight")) turn(event.key === "ArrowRight" ? 1 : -1);
+    const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+    if (step && event.target.type !== "range") turn(step);
   };
   let waiting = false, width = innerWidth;
-  addEventListener("scroll", () => { if (!waiting) requestAnimationFrame(() => { waiting = false; draw(); }); waiting = true; }, {passive: true});
-  addEventListener("resize", () => { if (width !== innerWidth) { measure(); if (last >= 0) paintMatrix(); } else draw(); width = innerWidth; });
+  addEventListener("scroll", () => {
+    if (!waiting) requestAnimationFrame(() => { waiting = false; draw(); });
+    waiting = true;
+  }, {passive: true});
+  addEventListener("resize", () => {
+    if (width === innerWidth) return draw();
+    width = innerWidth;
+    measure();
+    if (last >= 0) paintMatrix();
+  });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => last >= 0 && paintMatrix());
   drawKey();
   showLayer(position);
