@@ -15,8 +15,9 @@ from data.toy_pet import PATTERNS, draw_pet
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "README.zh.md")}
 TINY = ("--batch_size", 2, "--crop_size", 65)
 # What makes a command of the page small: later flags count.
-SMALLER = {"run_train.py --stage 1 --data_root": (*SMALL, *TINY, "--scales", 1, "--output_dir", "output/stage1_resnet50"),
-           "run_train.py --stage 2": (*SMALL, *TINY, "--output_dir", "output/stage2_resnet50"),
+OUT = "--output_dir"
+SMALLER = {"run_train.py --stage 1 --data_root": (*SMALL, *TINY, "--scales", 1, OUT, "output/stage1_resnet50"),
+           "run_train.py --stage 2": (*SMALL, *TINY, OUT, "output/stage2_resnet50"),
            "run_train.py --stage 1 --dataset folder": ("--max_size", 65, *MACHINE),
            "train_deeplab.py": (*SMALL, *TINY), "test_deeplab.py": ("--scales", 1, *MACHINE),
            "run_inference.py": MACHINE, "run_eval.py": MACHINE, "-m utils.datasets": ()}
@@ -101,7 +102,8 @@ def test_the_python_code_of_the_page_runs(readme_runs, monkeypatch):
 @pytest.mark.parametrize("target", ["setup", "demo", "test", "pipeline"])
 def test_every_target_of_make_on_the_page_is_there(target):
     assert f"make {target}" in PAGES["README.md"] + (ROOT / "CONTRIBUTING.md").read_text()
-    done = subprocess.run(["make", "-n", target, "DATASET=voc", "DATA_ROOT=x"], cwd=ROOT, capture_output=True, text=True)
+    command = ["make", "-n", target, "DATASET=voc", "DATA_ROOT=x"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
