@@ -245,8 +245,10 @@ def run_images(pipeline: Pipeline | DeepLabPipeline, paths: Sequence[Path], out:
         write_json(out / LEDGER, {"results": listed})  # before the results: a killed run's count as made by --images
     distributed.barrier()
     try:
-        made = [file for file, name in progress(distributed.shard(list(zip(paths, names))), "masks")
-                if _write_results(pipeline, file, out, name, how, walks)]
+        made = []
+        for file, name in progress(distributed.shard(list(zip(paths, names))), "masks"):
+            if _write_results(pipeline, file, out, name, how, walks):
+                made.append(file)
         done = {file for part in distributed.gather(made) for file in part}
     finally:  # under the name of a result that was not made, a photo of the user's may lie tomorrow
         if distributed.is_main():
