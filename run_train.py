@@ -12,6 +12,7 @@ from src.seeds import SEED_FLAGS
 from utils import options as flags
 from utils.config import BackboneConfig, DataConfig, MapConfig, TrainConfig, WalkConfig
 from utils.datasets import open_split
+from utils.errors import UserError
 from utils.runtime import run_main
 from utils.store import check_data, check_free, chosen_checkpoint, made_of, read_manifest, run_dir
 
@@ -86,7 +87,10 @@ def adopt(parser: flags.Parser, args: argparse.Namespace) -> int:
     from src.records import built_with, with_classes
     payload = load_model(args.model_path, steps=("stage1",))
     built = built_with(payload["networks"]["classifier"], vars(args), args.model_path)
-    flags.resolve(parser, args, {**payload["options"], **built}, args.model_path, INHERITED)
+    made_by = payload["options"].get("method")
+    if made_by is not None and args.method not in (None, made_by):
+        raise UserError(f"{args.model_path} was made by --method {made_by}, not {args.method}; leave --method out")
+    flags.resolve(parser, args, {**payload["options"], **built}, args.model_path, (*INHERITED, "method"))
     args.output_dir = args.output_dir or str(run_dir("stage1", args.backbone))
     dataset = open_split(DataConfig.of(vars(args)))
     args.split = dataset.split

@@ -79,6 +79,8 @@ def fitted_heads(folder, get):
     run(folder, *base, "--output_dir", "head_mixture", "--cam_dir", "cams_mixture")
     run(folder, "run_inference.py", "--model_path", "head_mixture/model_best.pth.tar", "--output_dir", "masks",
         "--cam_dir", "cams_mixture", "--workers", "0")
+    run(folder, "run_train.py", "--stage", 1, "--model_path", "head_mixture/model_best.pth.tar", "--output_dir",
+        "adopted", "--cam_dir", "cams_adopted", "--workers", "0", "--device", "cpu")
     return folder
 
 
@@ -93,6 +95,13 @@ def test_stage_1_fits_its_head_without_training(fitted_heads, name, bias):
     cams = sorted((fitted_heads / f"cams_{name}").glob("*.npz"))
     maps = [np.load(path, allow_pickle=False)["cam"] for path in cams]
     assert maps and all(np.isfinite(one).all() for one in maps), f"{len(maps)} CAMs"
+
+
+def test_an_adopted_classifier_keeps_its_method_whose_defaults_later_steps_take(fitted_heads):
+    manifests = [json.loads((fitted_heads / name / "manifest.json").read_text()) for name in ("cams_mixture",
+                                                                                             "cams_adopted")]
+    methods = [manifest["options"]["method"] for manifest in manifests]
+    assert methods == ["mixture", "mixture"], methods
 
 
 def test_masks_come_from_a_checkpoint_of_stage_1_without_a_walk(fitted_heads):
