@@ -175,6 +175,13 @@ class Network(nn.Module):
         yield from self.backbone.pairs()
 
 
+def training_format(network: Network, device: torch.device, precision: str) -> torch.memory_format:
+    """The memory format in which a network trains fastest: channels last, but for the backbones that say otherwise of
+    float32 on a CPU (`trains_contiguous`)."""
+    contiguous = device.type == "cpu" and precision == "fp32" and getattr(network.backbone, "trains_contiguous", False)
+    return torch.contiguous_format if contiguous else torch.channels_last
+
+
 def for_inference(network: Network, device: torch.device | str = "cpu") -> Network:
     """Fold batch normalisation into the convolutions before it, in place, and move the network to a device.
 

@@ -94,6 +94,9 @@ class ResNet38(nn.Module):
     stages = ("conv4", "conv5", "conv6")
     stride = 8
     normalise = IMAGENET
+    # oneDNN's float32 kernels for wide dilated 3x3 convolutions: a step at 448 takes 21.2 s so, 24.9 in channels last,
+    # on two AVX2 cores. ResNet-50 and EfficientNet-Lite are as fast or up to 1.5 times as fast in channels last.
+    trains_contiguous = True
 
     def __init__(self, width: float = 1.0):
         super().__init__()

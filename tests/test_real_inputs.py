@@ -17,6 +17,7 @@ from src import inference
 from src.masks import MaskConfig
 from src.segment import mask_reader
 from utils import images as reading
+from utils.config import MapConfig
 from utils.datasets import base
 from utils.datasets.__main__ import main as look_over
 from utils.datasets.contradictions import check_against_labels
@@ -102,7 +103,7 @@ def test_coco_follows_the_size_in_its_json(coco):
 
 class Everything:
     """Stands in for a pipeline: all foreground."""
-    classes = ["it"]
+    classes, maps = ["it"], MapConfig()
 
     def scores(self, image):
         return np.array([0]), np.stack([np.zeros(image.shape[:2]), np.ones(image.shape[:2])]).astype(np.float32)

@@ -25,7 +25,6 @@ from utils.crf import CRF, CRFParams
 from utils.datasets.base import Dataset, Pictures
 from utils.errors import UserError
 from utils.files import load_scores, save_cam, save_scores
-from utils.images import read_image
 from utils.labels import save_mask
 from utils.maps import foreground_probability, with_background
 from utils.report import Cards, Page, class_colours, hex_colours, write_report
@@ -160,7 +159,8 @@ def test_the_layers_are_what_the_stages_made_of_each_image(scored):
         assert card["size"] == list(size) and max(truth.shape) == min(192, max(size)), f"{image_id}: {truth.shape}"
         assert (truth == dataset.mask(index)[np.ix_(rows, columns)]).all(), f"{image_id}: other ground truth"
         keys, probabilities = load_scores(root / "walk", image_id)
-        made = decide(dataset.image(index), keys, probabilities, HOW.crf, HOW.max_size, HOW.bg_threshold)
+        image, _ = dataset.photo(index, HOW.max_size)
+        made = decide(image, keys, probabilities, HOW.crf, HOW.max_size, HOW.bg_threshold, size)
         assert (mask == made[np.ix_(rows, columns)]).all(), f"{image_id}: other mask"
         assert max(walk.shape) == min(96, max(size)) and seed.shape == walk.shape, f"{walk.shape}"
         coarse, _ = foreground_probability(probabilities, keys)
@@ -230,20 +230,6 @@ def test_a_gallery_of_a_larger_split_is_a_sample_that_says_so(scored, tmp_path, 
     page = read_report(tmp_path / "out/report.html")
     assert sorted(page.data["images"]["id"]) == sorted([IDS[0], IDS[-1]]), page.data["images"]
     assert page.data["split"] == 6 and page.count == 2, f"{page.count} of {page.data['split']}"
-
-
-def test_small_photos_are_whole_ones_shrunk_and_turned_as_displayed(tmp_path):
-    y, x = np.mgrid[:600, :900]
-    image = Image.fromarray(np.stack([x / 4, y / 3, (x + y) / 8], axis=2).astype(np.uint8))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "a.jpg", quality=95, exif=exif)
-    for displayed, size in ((False, (128, 192)), (True, (192, 128))):
-        small, whole = read_image(tmp_path / "a.jpg", displayed, side=192), read_image(tmp_path / "a.jpg", displayed)
-        expected = np.asarray(Image.fromarray(whole).resize(size[::-1], Image.Resampling.BOX), int)
-        assert small.shape[:2] == size, f"{small.shape}"
-        assert np.abs(small - expected).max() < 12, f"off by {np.abs(small - expected).max()} grey levels"
-    assert read_image(tmp_path / "a.jpg", side=5000).shape == (600, 900, 3), "enlarged"
 
 
 # --- escaping, and no network ----------------------------------------------------------------------------------------

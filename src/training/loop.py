@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from models.backbone import training_format
 from src.training.optimiser import build_optimiser, clip_gradient, set_rates
 from src.training.resume import restore, state_of
 from utils import distributed
@@ -102,7 +103,8 @@ class Run:
         self.steps_per_epoch = len(self._batches(0))
         self.saved = time.monotonic()
         check_world(len(task.samples), config.batch_size)
-        self.network = task.network.to(machine.device, memory_format=torch.channels_last).train()
+        self.format = training_format(task.network, machine.device, machine.precision)
+        self.network = task.network.to(machine.device, memory_format=self.format).train()
         if distributed.world() > 1 and machine.device.type == "cuda":
             synchronise_norms(self.network)
         self.optimiser = build_optimiser(self.network, config)
@@ -168,7 +170,7 @@ class Run:
 
     def _to_device(self, name: str, value: torch.Tensor) -> torch.Tensor:
         value = value.to(self.machine.device, non_blocking=True)
-        return value.contiguous(memory_format=torch.channels_last) if name == "image" else value
+        return value.contiguous(memory_format=self.format) if name == "image" else value
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if last or distributed.world() == 1 else self.compute.no_sync()

@@ -51,7 +51,8 @@ def cut(images: torch.Tensor, view: View) -> tuple[torch.Tensor, torch.Tensor]:
         part, valid = part.flip(-1), valid.flip(-1)
     draws = torch.rand(2, len(part), 3, 1, 1, device="cpu").to(part, non_blocking=True) * 2 - 1
     part = part * (1 + COLOUR[0] * draws[0, :, :1]) + COLOUR[1] * draws[1]
-    return (part * valid).contiguous(memory_format=torch.channels_last), valid
+    last = images.is_contiguous(memory_format=torch.channels_last)
+    return (part * valid).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format), valid
 
 
 def valid_cells(valid: torch.Tensor, grid: Size) -> torch.Tensor:
