@@ -67,7 +67,7 @@ def measure(ours: bool, training: bool, crop_size: int, repeats: int, out: str) 
     import torch
     from torch.nn import functional as F
 
-    from models.backbone import for_inference
+    from models.backbone import for_inference, training_format
     from models.deeplab import segmentation_loss
     from models.weights import build_network
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def measure(ours: bool, training: bool, crop_size: int, repeats: int, out: str) 
     images = torch.randn(1, 3, crop_size, crop_size)
     target = torch.randint(0, CLASSES + 1, (1, crop_size, crop_size))
     if ours:
-        order = torch.channels_last
+        order = training_format(network, images.device, "fp32") if training else torch.channels_last
         network, images = network.to(memory_format=order), images.contiguous(memory_format=order)
     network = network.train() if training else network.eval()
     network = for_inference(network) if ours and not training else network
