@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,18 +87,23 @@ def document(rows: dict[str, list[dict]], photos: bool) -> str:
     """The text of docs/performance.md.  rows: {benchmark: [row]}.  photos: whether they were real ones."""
     facts = environment()
     parts = [
-        "# Performance", "",
-        "Written by `make bench` (`python -m benchmarks.performance`): ours beside a plain reference, in the same run.",
-        "Ratio: the reference's seconds over ours. Extra MB: by which ours raised the peak of resident memory. Error:",
-        "the largest difference of the results, as each benchmark's docstring says.", "",
+        "# Performance", "", *wrapped(
+            "Written by `make bench` (`python -m benchmarks.performance`): ours beside a plain reference, in the same "
+            "run. Ratio: the reference's seconds over ours. Extra MB: by which ours raised the peak of resident memory. "
+            "Error: the largest difference of the results, as each benchmark's docstring says."), "",
         f"{processor()}; torch {facts['torch']}; commit {(facts['git_commit'] or 'none')[:10]}. "
         f"Photos: {'of DATA' if photos else 'toy images'}.", ""]
     for name, found in rows.items():
-        parts += [f"## {BENCHMARKS[name].title}", "",
-                  f"`{' '.join(command_of(name, 'DATA' if photos else None))}`; target: {BENCHMARKS[name].target}.", "",
+        command = " ".join(command_of(name, "DATA" if photos else None))
+        parts += [f"## {BENCHMARKS[name].title}", "", *wrapped(f"`{command}`; target: {BENCHMARKS[name].target}."), "",
                   "| case | seconds | reference | ratio | extra MB | error | |", "|---|---|---|---|---|---|---|"]
         parts += [_line(row) for row in found] + [""]
     return "\n".join(parts)
+
+
+def wrapped(text: str) -> list[str]:
+    """A paragraph in lines of at most 120 characters."""
+    return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _line(row: dict) -> str:

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from src.pipeline import Cam, Pipeline
 
 SIZE, HEIGHT = 128, 128  # mean side of an image as in `make demo`; height of a picture in a panel, in pixels
-PHOTO_HEIGHT = 240
+PHOTO_HEIGHT = 280
+DARK, TINT = (20, 22, 30), (255, 0, 170)  # of the front page's mask
 OWN_DRAW = 2  # the toy dataset draws from (seed, 0 or 1, index)
 COLOURS = 255  # of a PNG: a palette takes a third of the bytes of full colour
 WALK = {"bg_alpha": 8.0, "walk_steps": 16, "crf_preset": "psa"}  # as in benchmarks/demo.py, as are the next
@@ -125,9 +126,15 @@ def mask_row(pipeline: Pipeline, one: Drawing) -> dict[str, Picture]:
 def photo_row(pipeline: Pipeline, image: np.ndarray, label: str) -> dict[str, Picture]:
     """Photo, CAM, the seed's class map, and the mask after the CRF."""
     cam = pipeline.cam(image, [label])
-    return {f'photo, "{label}"': image, "CAM": heat(image, plain_cam(pipeline, image, cam)[0]),
-            "mixture's class map": heat(image, cam.maps[0]),
-            "mask": overlay_mask(image, pipeline.mask(image, [label]))}
+    return {f'photo + label "{label}"': image, "CAM (baseline)": heat(image, plain_cam(pipeline, image, cam)[0]),
+            "class map of the mixture": heat(image, cam.maps[0]),
+            "mask": spotlight(image, pipeline.mask(image, [label]))}
+
+
+def spotlight(image: np.ndarray, mask: np.ndarray) -> Picture:
+    """An image whose background is dimmed, its objects tinted and outlined: seen on fur of any colour."""
+    dimmed = overlay(image, DARK, 0.8 * (mask == 0))
+    return overlay_mask(overlay(dimmed, TINT, 0.35 * (mask > 0)), mask, alpha=0.0)
 
 
 PANELS = {"method-seed": seed_row, "method-affinity": affinity_row, "method-mask": mask_row}
