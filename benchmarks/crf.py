@@ -15,6 +15,7 @@ random scores. One process means one thread.
 
 Agreement is the ratio of pixels whose most probable class is the same.
 """
+import importlib.util
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ import numpy as np
 
 from benchmarks.measure import Parser, Table, extra_mb, timed
 from data.make_toy import make_toy
-from utils.crf import CRF, PRESETS, dense_crf, settle_backend
+from utils.crf import CRF, PRESETS, dense_crf
 from utils.errors import UserError
 from utils.grids import resize_image, resize_maps
 from utils.images import read_image
@@ -146,7 +147,7 @@ def main() -> None:
     args = parser.parse_args()
     import torch
     torch.set_num_threads(1)
-    backends = ("pydensecrf", "torch") if settle_backend("auto") == "pydensecrf" else ("torch",)
+    backends = ("pydensecrf", "torch") if importlib.util.find_spec("pydensecrf") else ("torch",)
     with tempfile.TemporaryDirectory() as folder:
         if args.data_root is None:
             make_toy(Path(folder) / "toy", train=args.count, test=1, size=430)

@@ -101,7 +101,7 @@ def affinity_row(pipeline: Pipeline, one: Drawing) -> dict[str, Picture]:
     from src.masks import LabelConfig, affinity_label
     from utils.crf import CRF, PRESETS, settle_backend
     cam = pipeline.cam(one.image, [one.breed])
-    crf = CRF(PRESETS[LABEL_PRESET], settle_backend("auto", tell=False), "cpu")
+    crf = CRF(PRESETS[LABEL_PRESET], settle_backend("auto"), "cpu")
     how = LabelConfig(*ALPHAS, crf, pipeline.maps.max_size)
     label = affinity_label(one.image, cam.keys, cam.maps, how)
     vector = walk_vector(pipeline, one.image, place(one.pixel(), one.image.shape[:2]))

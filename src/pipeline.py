@@ -109,7 +109,7 @@ class _Pipeline:
         if isinstance(crf, str):
             crf = self.crf_preset if crf == "default" else crf
             _check_choice("crf_preset", crf)
-            crf = CRF(PRESETS[crf], settle_backend("auto", tell=False), str(self.machine.device))
+            crf = CRF(PRESETS[crf], settle_backend("auto"), str(self.machine.device))
         keys, probabilities = self.scores(image, labels)
         return decide(image, keys, probabilities, crf, self.maps.max_size, threshold)
 

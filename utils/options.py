@@ -139,8 +139,8 @@ FLAGS = {
                                       "preset's"),
     "crf_bilateral_compat": Flag(strength, "weight of the CRF's appearance kernel; left out: the preset's"),
     "crf_iterations": Flag(number(int, 0, 1000), "mean-field steps of the CRF; left out: the preset's"),
-    "crf_backend": Flag(str, "what computes the CRF: pydensecrf on the CPU, or torch on --device; auto = pydensecrf "
-                             "where it can be imported, else torch", "auto", choices=("auto", "pydensecrf", "torch")),
+    "crf_backend": Flag(str, "what computes the CRF: torch on --device (auto), or pydensecrf, the authors' C++ "
+                             "code, on the CPU", "auto", choices=("auto", "pydensecrf", "torch")),
     "alpha_low": Flag(positive, "background exponent for confident foreground", 4.0),
     "alpha_high": Flag(positive, "background exponent for confident background", 24.0),
     "bg_alpha": Flag(positive, "exponent of the background score (1 - max cam)^alpha", 6.0),

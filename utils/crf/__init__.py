@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.errors import UserError
-from utils.log import say
 
 PROBABILITY_FLOOR = 1e-5  # keeps the unary energy -log p finite: at most 11.5
 BACKENDS = ("pydensecrf", "torch")
@@ -98,24 +97,20 @@ def _by_pydensecrf(image: np.ndarray, energy: np.ndarray, params: CRFParams) -> 
     return posterior
 
 
-def settle_backend(name: str, tell: bool = True) -> str:
-    """Resolve --crf_backend to one of BACKENDS: "auto" is pydensecrf where it can be imported, else torch.
+def settle_backend(name: str) -> str:
+    """Resolve --crf_backend to one of BACKENDS: "auto" is torch.
 
-    tell: print a note on stderr if it is torch.
-    Raises UserError if pydensecrf is asked for by name and cannot be imported.
+    On 370 photos of VOC and 300 of Pet both found the same class in 99.99999 % of the pixels, and the scores were equal
+    to four digits; torch is 1.7 times as fast, needs no compiler and runs on a GPU too (docs/crf.md).
+    Raises UserError if pydensecrf is asked for and cannot be imported.
     """
-    if name == "torch":
-        return name
+    if name != "pydensecrf":
+        return "torch"
     try:
         _densecrf()
     except ImportError as error:
-        if name == "pydensecrf":
-            raise UserError(f"--crf_backend pydensecrf, but {error}") from None
-        if tell:
-            say("pydensecrf cannot be imported: the dense CRF runs in torch (--crf_backend torch), with the same "
-                "results")
-        return "torch"
-    return "pydensecrf"
+        raise UserError(f"--crf_backend pydensecrf, but {error}") from None
+    return name
 
 
 def _densecrf() -> ModuleType:
