@@ -294,6 +294,7 @@ def test_one_name_in_both_spellings_of_unicode_is_one_name(tmp_path):
 
 @pytest.mark.parametrize("file, text, parts", [
     ("train.txt", "a\nb\na\n", ("names 'a' twice",)),
+    ("train.txt", "a\n" + "ä" * 101 + "\n", ("of 202 bytes", "more than 200 bytes", "shorten it")),
     ("classes.txt", "tree\nsky\ntree\n", ("names the class 'tree' twice",)),
     ("classes.txt", "tree\nsky\nSky\n", ("spells one class 'sky' and 'Sky'",)),
 ])

@@ -7,6 +7,8 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.images import SUFFIXES, is_image_name
 
+LONGEST_ID = 200  # bytes; file systems take names of 255, and results have suffixes and temporary names
+
 
 def read_lines(path: Path, comment: str = "#") -> list[str]:
     """The lines of a text file without blank ones and those that begin with `comment`.
@@ -33,8 +35,12 @@ def plain(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")
+
+
 def check_ids(ids: Sequence[str], source: Path) -> None:
-    """UserError unless each id is the stem of a file of its own: none twice, or in another case, and none a path.
+    """UserError unless each id is the stem of a file of its own: none twice, in another case, a path, or too long.
 
     Masks, CAMs and scores are files named by the id, and some file systems tell no upper from lower case.
     """
@@ -42,6 +48,10 @@ def check_ids(ids: Sequence[str], source: Path) -> None:
     if path is not None:
         raise UserError(f"{source} names {path!r}, a path; ids are the names of files without folder and suffix, all "
                         "in one folder")
+    long = next((image_id for image_id in ids if len(_bytes(image_id)) > LONGEST_ID), None)
+    if long is not None:
+        raise UserError(f"{source} names {long[:40]!r}..., of {len(_bytes(long))} bytes; results are named after it, "
+                        f"and more than {LONGEST_ID} bytes leave no room for that: shorten it")
     first, second = _alike(ids)
     if first is not None:
         raise UserError(f"{source} names {second!r} twice; take one out" if first == second else
