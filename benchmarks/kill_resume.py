@@ -36,7 +36,9 @@ def start(folder: Path, epochs: int) -> subprocess.Popen:
     again = "--resume" if (folder / RUN / "checkpoint.pth.tar").is_file() else "--overwrite"
     command = [sys.executable, str(ROOT / COMMAND[0]), *COMMAND[1:], "--epochs", str(epochs), again]
     with open(folder / "said.txt", "a", encoding="utf-8") as said:
-        return subprocess.Popen(command, cwd=folder, stdout=said, stderr=said)
+        # Bits depend on the number of threads: the same for all runs, whatever a caller's environment is meanwhile.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, cwd=folder, stdout=said, stderr=said, env=environment)
 
 
 def wait_for(process: subprocess.Popen, condition: Callable[[], bool], folder: Path) -> bool:
