@@ -177,7 +177,7 @@ def _parse(source: Path) -> Table:
 
 def _key(value: object) -> str | None:
     """An id as text, so that 7 and "7" are one; None for what is no id."""
-    return str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else None
+    return str(value) if type(value) in (int, str) else None  # of JSON: a bool is neither
 
 
 def _keys(rows: Sequence[dict], what: str, source: Path) -> list[str]:

@@ -9,6 +9,7 @@
     SBD/ or benchmark_RELEASE/               optional, in one of the two folders above: Hariharan et al., ICCV 2011
         dataset/{train,val}.txt, cls/<id>.mat
 """
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -168,9 +169,10 @@ def _xml_classes(path: Path, difficult: bool) -> list[int]:
         root = ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, OSError, ValueError, LookupError, RecursionError) as error:
         raise UserError(f"cannot read {path} ({error}); replace the file") from None
-    if _tag(root) != "annotation":
+    if _bare(root.tag) != "annotation":
         raise UserError(f"{path} is no annotation of VOC: its root is <{root.tag}>, not <annotation>; replace the file")
-    objects = [{_tag(part): (part.text or "").strip() for part in item} for item in root if _tag(item) == "object"]
+    objects = [{_bare(part.tag): (part.text or "").strip() for part in item}
+               for item in root if _bare(item.tag) == "object"]
     names = {item.get("name", "") for item in objects if difficult or item.get("difficult", "0") != "1"}
     unknown = sorted(names - set(CLASSES))
     if unknown:
@@ -179,8 +181,9 @@ def _xml_classes(path: Path, difficult: bool) -> list[int]:
     return [CLASSES.index(name) for name in names]
 
 
-def _tag(element: ElementTree.Element) -> str:
-    return str(element.tag).rsplit("}", 1)[-1].lower()
+@functools.lru_cache(maxsize=1000)  # a dozen tags, a hundred thousand times
+def _bare(tag: str) -> str:
+    return str(tag).rsplit("}", 1)[-1].lower()
 
 
 def _mask_labels(root: Path, ids: Sequence[str], truth: VocMasks) -> np.ndarray:
