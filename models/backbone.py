@@ -142,7 +142,7 @@ class Network(nn.Module):
     def __init__(self, backbone: nn.Module):
         super().__init__()
         self.backbone = backbone
-        self.frozen_norms = []
+        self._frozen_norms = []
 
     def freeze(self, blocks: int = 0, bn: str = "frozen", loaded: Collection[str] = ()) -> Self:
         """Freeze the first `blocks` blocks of the backbone and batch normalisation by policy `bn`.
@@ -157,16 +157,16 @@ class Network(nn.Module):
         for module in frozen:
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
-        self.frozen_norms = [module for module in frozen if isinstance(module, _BatchNorm)]
+        self._frozen_norms = [module for module in frozen if isinstance(module, _BatchNorm)]
         for name, module in self.backbone.named_modules():
             if isinstance(module, _BatchNorm) and (bn == "frozen" or bn == "auto" and name in loaded):
                 module.requires_grad_(False)
-                self.frozen_norms.append(module)
+                self._frozen_norms.append(module)
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        for module in self.frozen_norms:
+        for module in self._frozen_norms:
             module.eval()
         return self
 

@@ -15,6 +15,7 @@ from utils.datasets.base import Dataset
 from utils.files import write_json
 from utils.labels import IGNORE, read_mask
 from utils.maps import foreground_probability
+from utils.report import worst_first
 from utils.store import made_of
 from utils.visualize import heatmap, overlay, overlay_mask, panel, plot_bars, plot_curves
 
@@ -31,14 +32,15 @@ def evaluate(dataset: Dataset, stages: Sequence[Stage], how: MaskConfig, workers
         dataset = made_of(dataset, stage.folder)
     with gallery.cards_in(out, dataset) if record else contextlib.nullcontext() as cards:
         tallies = score_split(dataset, stages, how, workers, cards)
-        places = gallery.gathered(cards, dataset) if record else {}
+        if record:
+            gallery.gather(cards, dataset)
         table = None
         if distributed.is_main():
             table = report(dataset, tallies, options, out)
             save_panels(dataset, stages, tallies, how, out)
             print(f"Wrote scores.json, plots and panels to {out}")
             if record:
-                gallery.write(out, dataset, cards, places, record, stages, how, tallies, table)
+                gallery.write(out, dataset, cards, record, stages, how, tallies, table)
             else:
                 gallery.tell_of_earlier(out)
         distributed.barrier()  # rank 0 reads the cards of the others, which go with this block
@@ -104,7 +106,7 @@ def save_panels(dataset: Dataset, stages: Sequence[Stage], tallies: Mapping[str,
     """Panels of a fixed sample of images and of the worst ones by the last stage: image | stages | ground truth."""
     last = tallies[stages[-1].name].images
     fixed = dataset.spread(count)
-    worst = sorted(range(len(dataset)), key=lambda i: np.nan_to_num(last[dataset.ids[i]], nan=2.0))[:count]
+    worst = [dataset.ids.index(image_id) for image_id in worst_first(dataset.ids, last)[:count]]
     titles = ["image", *(stage.name for stage in stages), "ground truth"]
     for name, chosen in (("panel.png", fixed), ("panel_worst.png", worst)):
         rows = [_panel_row(dataset, i, stages, how) for i in chosen]

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from src.inference import result_names
-from src.masks import mask_path, missing, read_checked
+from src.masks import check_whole, mask_path, read_checked
 from utils import distributed
 from utils.datasets.base import Dataset
 from utils.errors import UserError
@@ -40,10 +40,7 @@ def export_split(names: Sequence[str] | None, out: Path, mask_dir: Path, dataset
 
 def of_split(dataset: Dataset, mask_dir: Path) -> MaskSet:
     """The masks that a folder holds of a split; 255 is allowed.  UserError if one is missing."""
-    lacking = missing(mask_dir, dataset.ids)
-    if lacking:
-        raise UserError(f"{mask_dir} lacks {len(lacking)} of the {len(dataset)} masks of split {dataset.split}, such "
-                        f"as {lacking[0]}; make them all, then export them")
+    check_whole(mask_dir, dataset, "export them")
     photos = [dataset.image_path(index) for index in range(len(dataset))]
     return MaskSet(dataset.classes, dataset.split, dataset.split in dataset.training_splits, dataset.ids, photos,
                    [mask_path(mask_dir, image_id) for image_id in dataset.ids],

@@ -17,7 +17,7 @@ from utils.crf import CRF
 from utils.datasets.base import Dataset
 from utils.errors import ImageError, UserError
 from utils.files import load_cam, read_json, save_cam, save_scores, write_json
-from utils.grids import capped_size, resize_image, resize_labels
+from utils.grids import capped_size, largest_view, resize_image, resize_labels
 from utils.images import SUFFIXES, is_image_name, read_reduced
 from utils.labels import save_mask
 from utils.log import progress, warn
@@ -260,7 +260,8 @@ def _write_results(pipeline: Pipeline | DeepLabPipeline, file: Path, out: Path, 
                    ) -> bool:
     """Write the mask and the overlay of one image file; returns False for a damaged one that is to be skipped."""
     try:
-        image, size = read_reduced(file, max(OVERLAY / 2, pipeline.maps.largest), displayed=True)
+        used = max(OVERLAY / 2, largest_view(pipeline.maps.max_size, pipeline.maps.scales))
+        image, size = read_reduced(file, used, displayed=True)
     except ImageError as error:
         if not pipeline.machine.skip_bad:
             raise

@@ -126,6 +126,14 @@ def check_complete(mask_dir: str | Path, image_ids: Sequence[str]) -> None:
                         "python run_inference.py, or name a folder that has them all")
 
 
+def check_whole(mask_dir: str | Path, dataset: Dataset, purpose: str) -> None:
+    """UserError unless a folder has the mask of every image of a split.  purpose: what is made of them all."""
+    lacking = missing(mask_dir, dataset.ids)
+    if lacking:
+        raise UserError(f"{mask_dir} lacks {len(lacking)} of the {len(dataset)} masks of split {dataset.split}, such "
+                        f"as {lacking[0]}; make them all, then {purpose}")
+
+
 def mask_path(mask_dir: Path, image_id: str) -> Path:
     """The mask of an image in a folder, in either of Unicode's spellings."""
     return mask_file([mask_dir], image_id) or mask_dir / f"{image_id}.png"

@@ -16,7 +16,7 @@ from PIL import Image
 
 from models.affinitynet import affinity_stencil
 from models.backbone import for_inference
-from models.weights import load_model, unpack
+from models.weights import class_names, load_model, unpack
 from src.masks import decide
 from src.seeds import attach
 from utils.config import Machine, MapConfig, WalkConfig
@@ -30,7 +30,7 @@ from utils.maps import with_background
 from utils.options import FLAGS, pick_device
 from utils.precision import settle_precision
 from utils.random_walk import half_disc, random_walks
-from utils.recipes import DEEPLAB_TEST, METHODS
+from utils.recipes import DEEPLAB_TEST, step_defaults
 
 CAM_STRIDE = 4    # pixels of a cell of a stored CAM
 WALK_STRIDE = 8   # of AffinityNet's features, along which scores walk
@@ -72,9 +72,7 @@ class _Pipeline:
         for name, value in {**changes, "precision": precision}.items():
             _check_choice(name, value)
         payload = load_model(path, cls.steps)
-        if payload["classes"] is None:
-            (record,) = payload["networks"].values()
-            payload = {**payload, "classes": [f"class_{number + 1}" for number in range(record["classes"])]}
+        payload = {**payload, "classes": class_names(payload)}
         made_with = payload["options"]
         layout = DATASETS.get(made_with.get("dataset"))
         options = {**{name: FLAGS[name].default for name in cls.options},
@@ -130,8 +128,7 @@ class Pipeline(_Pipeline):
 
     @classmethod
     def _defaults(cls, payload: dict, by_step: dict) -> dict:
-        by_method = METHODS.get(payload["options"].get("method"), {})
-        return {"crf_preset": "mctformer", **by_step.get("masks", {}), **by_method.get("masks", {})}
+        return {"crf_preset": "mctformer", **step_defaults(by_step, "masks", payload["options"].get("method"))}
 
     @classmethod
     def _of(cls, payload: dict, options: dict, machine: Machine) -> Self:

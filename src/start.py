@@ -14,7 +14,7 @@ from utils.config import Machine
 from utils.crf import CRF, PRESETS, CRFParams, settle_backend
 from utils.datasets.base import Dataset
 from utils.errors import UserError
-from utils.log import environment, say, warn
+from utils.log import commit_told, environment, say, warn
 from utils.options import pick_device, print_options
 from utils.precision import settle_precision, told
 from utils.store import run_dir
@@ -71,10 +71,9 @@ def begin(step: str, args: argparse.Namespace, machine: Machine, dataset: Datase
     """Print the header; returns whether to go on: a dry run says that it stops."""
     print_options(step, vars(args))
     facts = environment(machine.device)
-    dirty = " with changes" if facts["git_dirty"] else ""
     place = facts["device_name"] + (f" in {distributed.world()} processes" if distributed.world() > 1 else "")
     say(f"  torch {facts['torch']} on {place}, {told(machine.precision, machine.device)}, "
-        f"commit {(facts['git_commit'] or 'none')[:10]}{dirty}"
+        f"commit {commit_told(facts)}"
         + (f", {len(dataset)} images, {len(dataset.classes)} classes" if dataset is not None else ""))
     if args.dry_run:
         print("Dry run: everything checked, nothing done.", file=sys.stderr)

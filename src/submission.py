@@ -2,7 +2,7 @@
 import tarfile
 from pathlib import Path
 
-from src.masks import missing, read_checked
+from src.masks import check_whole, read_checked
 from utils import distributed
 from utils.config import DataConfig
 from utils.datasets.base import Dataset
@@ -34,10 +34,7 @@ def write_submission(path: str, mask_dir: Path, dataset: Dataset) -> None:
     """
     if not distributed.is_main():
         return
-    lacking = missing(mask_dir, dataset.ids)
-    if lacking:
-        raise UserError(f"{mask_dir} lacks {len(lacking)} of the {len(dataset)} masks of split {dataset.split}, such "
-                        f"as {lacking[0]}; make them all, then write the submission")
+    check_whole(mask_dir, dataset, "write the submission")
     place = f"results/VOC2012/Segmentation/comp6_{dataset.split}_cls"
     with atomic_path(path) as temporary, tarfile.open(temporary, "w:gz") as archive:
         for index, image_id in enumerate(progress(dataset.ids, "submission")):

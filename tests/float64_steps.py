@@ -62,7 +62,7 @@ def run_of(kind, how, loss, totals, exact):
     if exact:
         network.freeze(0, "frozen")
         # DeepLab's head has normalisation of its own, which no flag freezes.
-        network.frozen_norms += [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+        network._frozen_norms += [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     task = Task(kind, network, loss, range(IMAGES), None, None, totals)
     return Run(task, TrainConfig.of(OPTIONS), Machine(torch.device("cpu")), Path("unused"), OPTIONS)
 

@@ -201,7 +201,8 @@ def evaluate_masks(dataset, masks, out, record):
     with gallery.cards_in(out, dataset) as cards:
         tallies = score_split(dataset, stages, how, 0, cards)
         table = write_scores(dataset, tallies, record["options"], out)
-        gallery.write(out, dataset, cards, gallery.gathered(cards, dataset), record, stages, how, tallies, table)
+        gallery.gather(cards, dataset)
+        gallery.write(out, dataset, cards, record, stages, how, tallies, table)
     return table
 
 

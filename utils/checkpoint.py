@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from utils.errors import UserError
-from utils.files import atomic_path
+from utils.files import atomic_path, check_checkpoint_file
 
 FORMAT = "wsss-checkpoint-2"
 OLD_FORMAT = "wsss-checkpoint-1"  # its networks are renamed by `models.weights`; its training cannot be taken up
@@ -94,8 +94,7 @@ def check_step(payload: Mapping[str, object], steps: Sequence[str] | None, path:
 
 def read_tensors(path: str | Path) -> object:
     """torch.load restricted to tensors and plain types, or a `.safetensors` file, with errors in one line."""
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint {path}; run the step that writes it, or pass its path")
+    check_checkpoint_file(path)
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)

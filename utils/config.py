@@ -74,11 +74,6 @@ class MapConfig(Config):
     labels: str = "predicted"
     max_size: int = 1024
 
-    @property
-    def largest(self) -> float:
-        """Pixels of the long side of the largest view."""
-        return self.max_size * max(1, *self.scales)
-
 
 @dataclass(frozen=True)
 class WalkConfig(Config):

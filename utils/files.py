@@ -41,6 +41,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def check_checkpoint_file(path: str | Path) -> None:
+    """UserError unless there is a file at the path of a checkpoint."""
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint {path}; run the step that writes it, or pass its path")
+
+
 def _umask() -> int:
     with UMASK_LOCK:  # of two threads, one would take the other's 0 for the user's
         current = os.umask(0)

@@ -10,6 +10,7 @@ numpy and Pillow alone at the top: CRF workers import this file.
 """
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +26,11 @@ def capped_size(size: Size, max_size: int) -> Size:
     """(H, W) scaled down, keeping its shape, so that the long side is at most `max_size` pixels."""
     scale = min(1.0, max_size / max(size))
     return tuple(max(1, round(side * scale)) for side in size)
+
+
+def largest_view(max_size: int, scales: Iterable[float]) -> float:
+    """Pixels of the long side of the largest view of an image capped at `max_size`, itself included."""
+    return max_size * max(1, *scales)
 
 
 def grid_size(size: Size, stride: int) -> Size:

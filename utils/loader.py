@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from utils.config import Machine
 from utils.datasets.base import Dataset
 from utils.errors import ImageError, UserError
-from utils.grids import capped_size, resize_image, resize_labels, snapped_size
+from utils.grids import capped_size, largest_view, resize_image, resize_labels, snapped_size
 from utils.log import warn
 from utils.transforms import IMAGENET, Augmentation, Normalise
 
@@ -132,7 +132,7 @@ class Views:
 
     def __init__(self, scales: Sequence[float], max_size: int, stride: int, normalise: Normalise = IMAGENET):
         self.scales, self.max_size, self.stride, self.normalise = tuple(scales), max_size, stride, normalise
-        self.largest = max_size * max(1, *self.scales)  # pixels of the long side
+        self.largest = largest_view(max_size, self.scales)
 
     def __call__(self, image: np.ndarray) -> list[torch.Tensor]:
         base = capped_size(image.shape[:2], self.max_size)

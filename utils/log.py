@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -60,6 +60,11 @@ def environment(device: torch.device | None = None) -> dict[str, str | bool | No
     commit, dirty = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     name = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else "cpu"
     return {"git_commit": commit or None, "git_dirty": bool(dirty), "torch": torch.__version__, "device_name": name}
+
+
+def commit_told(facts: Mapping[str, object]) -> str:
+    """The commit of `environment`, in ten digits, and whether there were changes."""
+    return (facts["git_commit"] or "none")[:10] + (" with changes" if facts["git_dirty"] else "")
 
 
 def _git(*words: str) -> str:

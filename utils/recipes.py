@@ -1,4 +1,6 @@
 """Settings as defaults by dataset, by seed method and by DeepLab's head; each run prints which of them it took."""
+from collections.abc import Mapping
+
 # IRN's classifier, PSA's AffinityNet and its walk. Learning rates are a tenth of theirs, as momentum is true here
 # (docs/published.md).
 PUBLISHED = {
@@ -22,6 +24,11 @@ def by_step(max_size: int, steps: dict[str, dict] | None = None) -> dict[str, di
     """{step: {flag: default}} of a dataset: its `max_size` for every step, and what `steps` adds to single ones."""
     return {step: {"max_size": max_size, **(steps or {}).get(step, {})}
             for step in ("stage1", "stage2", "masks", "deeplab")}
+
+
+def step_defaults(by_step: Mapping[str, dict], step: str, method: str | None) -> dict[str, object]:
+    """{flag: default} of a step, of a dataset (`by_step`) and, before these, of a seed method."""
+    return {**by_step.get(step, {}), **METHODS.get(method, {}).get(step, {})}
 
 
 # What each of DeepLab's heads was published with: SEAM's segmentation code; MCTformer's, whose optimiser has in effect

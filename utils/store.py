@@ -8,7 +8,7 @@ from pathlib import Path
 from utils import distributed
 from utils.datasets.base import Dataset
 from utils.errors import ImageError, UserError
-from utils.files import file_hash, read_json, write_json
+from utils.files import check_checkpoint_file, file_hash, read_json, write_json
 from utils.log import say, warn
 
 MANIFEST = "manifest.json"
@@ -34,8 +34,7 @@ def chosen_checkpoint(path: str | None, step: str, default: str | None = None) -
     if path is None:
         raise UserError(f"no checkpoint output/{step}_*/model_best.pth.tar; run: {STEP_COMMAND[step]}, or pass another "
                         "with --model_path")
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint {path}; run the step that writes it, or pass its path")
+    check_checkpoint_file(path)
     say(f"Using {path}")
     return path
 

@@ -90,25 +90,32 @@ def named_overlay(image: np.ndarray, mask: np.ndarray, classes: Sequence[str]) -
     image: (H, W, 3) uint8.  mask: (H, W) uint8.  classes: names of the K foreground classes.
     Returns (H + legend_height, W, 3) uint8.  Raises ValueError if the sizes differ.
     """
-    shown = [int(value) for value in np.unique(mask) if value > 0]
-    blend = Image.fromarray(overlay_mask(image, mask))
-    size = _text_size(mask.shape)
+    shown, size = _shown(mask), _text_size(mask.shape)
+    rows, blend = _legend_rows(mask.shape, shown, classes), Image.fromarray(overlay_mask(image, mask))
     if len(shown) > 1:
         draw, font = ImageDraw.Draw(blend), ImageFont.load_default(size=size)
         for number, value in enumerate(shown, start=1):
             draw.text(_inmost(mask == value), str(number), fill="white", font=font, anchor="mm", stroke_width=2,
                       stroke_fill="black")
-    canvas = Image.new("RGB", (blend.width, blend.height + legend_height(mask.shape, mask, classes)), WHITE)
+    canvas = Image.new("RGB", (blend.width, blend.height + _height(rows, size)), WHITE)
     canvas.paste(blend, (0, 0))
-    _draw_legend(canvas, blend.height, _legend_rows(mask.shape, shown, classes), size)
+    _draw_legend(canvas, blend.height, rows, size)
     return np.asarray(canvas)
 
 
 def legend_height(size: tuple[int, int], mask: np.ndarray, classes: Sequence[str]) -> int:
     """Pixels that `named_overlay` adds below a picture of a size (H, W): a whole number of rows of text, one at least.
     """
-    shown = [int(value) for value in np.unique(mask) if value > 0]
-    return len(_legend_rows(size, shown, classes)) * (_text_size(size) + 2 * GAP) + GAP
+    return _height(_legend_rows(size, _shown(mask), classes), _text_size(size))
+
+
+def _height(rows: Sequence[object], text_size: int) -> int:
+    return len(rows) * (text_size + 2 * GAP) + GAP
+
+
+def _shown(mask: np.ndarray) -> list[int]:
+    """The values above 0 of a mask, uint8 (H, W), ascending."""
+    return [value for value in np.flatnonzero(np.bincount(np.ravel(mask))).tolist() if value > 0]
 
 
 def _text_size(size: tuple[int, int]) -> int:

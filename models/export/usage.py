@@ -1,9 +1,10 @@
 """What a program that runs an exported file must know: the JSON beside it."""
 from models.export import OPSET, ClassifierGraph, DeepLabGraph, Graph
+from models.weights import class_names
 from utils.datasets import DATASETS
 from utils.grids import Size
 from utils.options import FLAGS
-from utils.recipes import METHODS
+from utils.recipes import step_defaults
 
 
 def usage(graph: Graph, payload: dict, record: dict, size: Size | None) -> dict[str, object]:
@@ -12,8 +13,7 @@ def usage(graph: Graph, payload: dict, record: dict, size: Size | None) -> dict[
     payload: the checkpoint.  record: of its network.  size: (H, W) of the images, None for any.
     """
     backbone = graph.network.backbone
-    count = record["classes"]
-    classes = payload["classes"] or [f"class_{k + 1}" for k in range(count)]
+    classes = class_names(payload)
     return {
         "network": record["kind"], "backbone": record["backbone"], "opset": OPSET, "classes": list(classes),
         "inputs": _inputs(graph, size, len(classes)), "outputs": _outputs(graph, len(classes)),
@@ -73,9 +73,9 @@ def _postprocessing(graph: Graph, options: dict) -> dict[str, object]:
 
 def _bg_alpha(options: dict) -> float:
     """What step 3 takes by default after the run that wrote the checkpoint."""
-    layout, method = DATASETS.get(options.get("dataset")), METHODS.get(options.get("method"), {})
-    by_step = {**(layout.defaults.get("masks", {}) if layout else {}), **method.get("masks", {})}
-    return by_step.get("bg_alpha", FLAGS["bg_alpha"].default)
+    layout = DATASETS.get(options.get("dataset"))
+    defaults = step_defaults(layout.defaults if layout else {}, "masks", options.get("method"))
+    return defaults.get("bg_alpha", FLAGS["bg_alpha"].default)
 
 
 def _map_steps(graph: ClassifierGraph) -> list[str]:

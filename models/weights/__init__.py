@@ -15,8 +15,8 @@ from utils.checkpoint import check_step, is_checkpoint, read_tensors
 from utils.errors import UserError
 from utils.log import say
 
-__all__ = ["Weights", "as_checkpoint", "build_network", "check_pretrained", "describe", "export", "load_model",
-           "load_pretrained", "open_weights", "pack", "summary", "translate", "unpack"]
+__all__ = ["Weights", "as_checkpoint", "build_network", "check_pretrained", "class_names", "describe", "export",
+           "load_model", "load_pretrained", "open_weights", "pack", "summary", "translate", "unpack"]
 STEPS = {"classifier": "stage1", "affinity": "stage2", "deeplab": "deeplab"}  # which step writes a kind of network
 BUILT = {"dilated": True, "head": "seamv1", "output_stride": 16}  # what a record without these names was built with
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training code often puts the weights
@@ -218,6 +218,14 @@ def as_checkpoint(weights: Weights) -> dict[str, object]:
         raise UserError(f"{weights.path} is a {weights.title}, no trained network; pass it as --pretrained")
     complete = {**record, "state": _complete(record, weights)}
     return {"step": STEPS[kind], "options": {}, "classes": None, "networks": {kind: complete}}
+
+
+def class_names(payload: Mapping[str, object]) -> list[str]:
+    """Names of the classes of a checkpoint; of a published one, which has none, class_1, class_2, ..."""
+    if payload["classes"] is not None:
+        return list(payload["classes"])
+    (record,) = payload["networks"].values()
+    return [f"class_{number + 1}" for number in range(record["classes"])]
 
 
 def _complete(record: Record, weights: Weights) -> State:
