@@ -52,10 +52,7 @@ class _Kernel:
         return self._product(values).mul_(self.weight)
 
     def _product(self, values):
-        # MKL's sparse product is slow with a single column: a second one, of zeros, costs less.
-        columns = values.new_zeros(values.shape[1], len(values) + len(values) % 2)
-        torch.mul(values.T, self.scale.T, out=columns[:, :len(values)])
-        return self.lattice(columns)[:, :len(values)].T * self.scale
+        return self.lattice((values * self.scale).T).T * self.scale
 
 
 @functools.lru_cache(maxsize=4)

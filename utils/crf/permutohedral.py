@@ -2,12 +2,15 @@
 
 The values of all pixels are splatted onto the vertices of the simplices around them, blurred along each axis of the
 lattice and sliced back: sums over all pairs of pixels in time linear in their number. Every step is a sparse matrix
-product, so that the same code runs on CPU and CUDA, for many values and several images at once.
+product or a sum of neighbours, so that the same code runs on CPU and CUDA, for many values and several images at once.
 """
 import warnings
 
+import numpy as np
 import torch
+from scipy.sparse import csr_array
 
+FEW = 3  # columns up to which, on a CPU, products by scipy one at a time are faster than PyTorch's (MKL's) of all
 LAST_KEY = 2**62  # keys of vertices are packed into int64
 FAR = 2**20  # standard deviations: beyond, float32 cannot resolve where in its simplex a pixel lies
 
@@ -17,7 +20,7 @@ class Lattice:
 
     features: (N, d) float32, d at least 1, in standard deviations of the Gaussian exp(-|f_i - f_j|^2 / 2).
     groups: (N,) int64 from 0, or None: pixels of different groups (images) do not see each other.
-    Memory: (d + 1) (16 N + 28 M) bytes for M vertices, of which there are N / 40 to 1.2 N on photos; at the peak of
+    Memory: (d + 1) (16 N + 16 M) bytes for M vertices, of which there are N / 40 to 1.2 N on photos; at the peak of
     building 70 to 110 (d + 1) N.
     Raises ValueError for features beyond 2^20 or not finite, or if they span more than 2^62 cells of the lattice.
     """
@@ -37,20 +40,51 @@ class Lattice:
         vertex = (first.flatten().cumsum(0, dtype=torch.int32) - 1).view_as(order)
         starts = torch.cat([first.flatten().nonzero()[:, 0], order.new_full((1,), order.numel())])
         size = (len(vertices), len(features))
-        self.splat = _csr(starts, order, weights.gather(1, order), size)
+        self.splat = Sparse(starts, order, weights.gather(1, order), size)
         corners = torch.empty_like(vertex).scatter_(1, order, vertex)
         del order, vertex, first
         rows = torch.arange(0, corners.numel() + 1, len(corners), device=corners.device)
-        self.slice = _csr(rows, corners.T, weights.T, size[::-1])
-        self.blurs = [_blur(vertices, stride, strides, span) for stride in strides]
+        self.slice = Sparse(rows, corners.T, weights.T, size[::-1])
+        self.neighbours = [_neighbours(vertices, stride, strides, span) for stride in strides]
 
     @torch.no_grad()
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
         """Filter values (N, K) float32.  Returns (N, K): weighted sums over all pixels, up to one constant factor."""
-        lattice = self.splat @ values
-        for blur in self.blurs:
-            lattice = blur @ lattice
-        return self.slice @ lattice
+        if values.device.type == "cpu" and 0 < values.shape[1] <= FEW:
+            return torch.from_numpy(np.stack([self._column(column) for column in values.T.contiguous().numpy()])).T
+        lattice = self.splat.tensor @ values
+        for neighbours in self.neighbours:
+            beside = torch.cat([lattice, lattice.new_zeros(1, lattice.shape[1])])
+            beside = beside.index_select(0, neighbours[0]).add_(beside.index_select(0, neighbours[1]))
+            lattice = lattice.add_(beside, alpha=0.5)
+        return self.slice.tensor @ lattice
+
+    def _column(self, values: np.ndarray) -> np.ndarray:
+        """The filter for a single column (N,), on a CPU."""
+        lattice = self.splat.array @ values
+        for neighbours in self.neighbours:
+            before, after = neighbours.numpy()
+            beside = np.append(lattice, np.float32(0))
+            total = beside.take(before)
+            total += beside.take(after)
+            total *= 0.5
+            lattice += total
+        return self.slice.array @ lattice
+
+
+class Sparse:
+    """A sparse matrix in CSR, as a `tensor` and, on a CPU, as scipy's `array` over the same memory.
+
+    starts: (rows + 1,) where each row begins.  columns, values: of its entries, row by row.  size: (rows, columns).
+    """
+
+    def __init__(self, starts: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, size: tuple[int, int]):
+        # 32-bit indices: MKL and cuSPARSE would convert longer ones, or run slower with them.
+        parts = starts.int(), columns.int().flatten(), values.flatten()
+        self.tensor = torch.sparse_csr_tensor(*parts, size, check_invariants=False)
+        if values.device.type == "cpu":
+            starts, columns, values = (part.numpy() for part in parts)
+            self.array = csr_array((values, columns, starts), shape=size)
 
 
 def _corners(features, groups):
@@ -71,12 +105,12 @@ def _simplices(features):
     offset = elevated.sub_(cells, alpha=d + 1)
     excess = cells.sum(dim=0).to(torch.int8)
     cells = cells.int()
-    rank = torch.zeros_like(cells, dtype=torch.int8)
+    rank = torch.arange(d + 1, dtype=torch.int8, device=cells.device)[:, None].repeat(1, cells.shape[1])
     for i in range(d + 1):
         for j in range(i + 1, d + 1):
-            less = offset[i] < offset[j]
+            less = (offset[i] < offset[j]).view(torch.int8)
             rank[i] += less
-            rank[j] += ~less
+            rank[j] -= less
     # Rounded coordinates sum to `excess`, not 0; those that were rounded furthest are corrected.
     rank += excess
     step = (rank < 0).to(torch.int8) - (rank > d).to(torch.int8)
@@ -127,33 +161,27 @@ def _vertex_keys(cells, rank, groups):
     return keys, strides, span * images
 
 
-def _blur(vertices, stride, strides, span):
-    """The blur (1/2, 1, 1/2) along one axis (Sec. 3.2) as an (M, M) matrix.
+def _neighbours(vertices, stride, strides, span):
+    """The vertices before and after each of M along one axis, whose halves the blur (1/2, 1, 1/2) adds (Sec. 3.2):
+    (2, M) int64, M where there is none.
 
     The next vertex has one coordinate d larger and the others 1 smaller: of remainder k - 1 with one cell stepped up,
-    or from remainder 0 of remainder d with all other cells stepped down. Where it does not exist, the vertex itself
-    takes its place with weight 0: rows of equal length are multiplied twice as fast as ragged ones.
+    or from remainder 0 of remainder d with all other cells stepped down.
     """
     count = len(vertices)
     to_last = (len(strides) - 1) * span - sum(strides) + stride
     target = vertices + torch.where(vertices < span, to_last, stride - span).to(vertices.dtype)
-    found = torch.searchsorted(vertices, target).clamp_(max=count - 1)
-    exists = vertices[found] == target
-    here = torch.arange(count, dtype=torch.int32, device=vertices.device)
-    previous = here.new_full((count + 1,), -1).scatter_(0, torch.where(exists, found, count), here)[:count]
-    columns, weights = here[:, None].repeat(1, 3), torch.ones(count, 3, device=vertices.device)
-    columns[:, 0], weights[:, 0] = torch.where(previous < 0, here, previous), (previous >= 0) * 0.5
-    columns[:, 2], weights[:, 2] = torch.where(exists, found, here), exists * 0.5
-    return _csr(torch.arange(0, 3 * count + 1, 3, device=vertices.device), columns, weights, (count, count))
-
-
-def _csr(starts, columns, values, size):
-    # 32-bit indices: MKL and cuSPARSE would convert longer ones, or run slower with them.
-    return torch.sparse_csr_tensor(starts.int(), columns.int().flatten(), values.flatten(), size,
-                                   check_invariants=False)
+    if vertices.is_cuda:
+        after = torch.searchsorted(vertices, target)
+    else:  # numpy makes use of it that the targets ascend, but for one jump
+        after = torch.from_numpy(np.searchsorted(vertices.numpy(), target.numpy()))
+    after = torch.where(vertices[after.clamp(max=count - 1)] == target, after, count)
+    here = torch.arange(count, device=vertices.device)
+    before = here.new_full((count + 1,), count).scatter_(0, after, here)[:count]
+    return torch.stack([before, after])
 
 
 # PyTorch warns once per process that such tensors are in beta; done here, since lattices may be built in threads.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    _csr(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))
+    Sparse(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))
