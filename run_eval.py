@@ -14,7 +14,7 @@ from utils.store import check_data, chosen_checkpoint, made_of, mask_record
 
 NAMES = ("model_path", "mask_dir", *flags.DATA, *flags.MAPS, *flags.WALK, "crf", *flags.CRF, "max_size", "cam_dir",
          "output_dir", "overwrite", "report", "show_affinity", *flags.MACHINE)
-INHERITED = (*flags.DATA, "scales", "flip", "max_size", "radius", "precision", "cam_dir")
+INHERITED = (*flags.DATA, "scales", "flip", "alternate", "max_size", "radius", "precision", "cam_dir")
 OF_MASKS = ("labels", "bg_alpha", "beta", "walk_steps", "walk_eps")  # inherited from masks, whose scores are asked for
 
 

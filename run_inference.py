@@ -16,7 +16,7 @@ from utils.store import chosen_checkpoint
 
 NAMES = ("model_path", *flags.DATA, "images", *flags.MAPS, *flags.WALK, "crf", *flags.CRF, "max_size", "cam_dir",
          "output_dir", "overwrite", "save_overlays", "save_walk", "show_affinity", "export", *flags.MACHINE)
-INHERITED = (*flags.DATA, "scales", "flip", "max_size", "radius", "precision", "cam_dir")
+INHERITED = (*flags.DATA, "scales", "flip", "alternate", "max_size", "radius", "precision", "cam_dir")
 
 
 def build_parser() -> flags.Parser:

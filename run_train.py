@@ -122,7 +122,8 @@ def stage2(parser: flags.Parser, args: argparse.Namespace) -> int:
     args.pretrained = args.pretrained or args.model_path
     check_same_classifier(classifier, manifest, args.model_path, args.cam_dir)
     # Not flags of this stage, but of its record: step 3 inherits them, so that these CAMs fit its options.
-    args.scales, args.flip = manifest["options"]["scales"], manifest["options"]["flip"]
+    made_with = manifest["options"]
+    args.scales, args.flip, args.alternate = (made_with.get(name) for name in ("scales", "flip", "alternate"))
     args.method = manifest["options"].get("method")  # whose defaults hold for the masks too
     start.check_network(args)
     args.output_dir = args.output_dir or str(run_dir("stage2", args.backbone))

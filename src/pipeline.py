@@ -62,7 +62,7 @@ class _Pipeline:
 
         device: "auto", "cpu", "cuda" or "cuda:N".  precision: "auto" (bf16 where the device has units for it),
         "fp32" or "bf16".  changes: options that are to differ:
-        scales, flip, max_size, crf_preset; of `Pipeline` bg_alpha, beta, walk_steps, walk_eps, radius; of
+        scales, flip, alternate, max_size, crf_preset; of `Pipeline` bg_alpha, beta, walk_steps, walk_eps, radius; of
         `DeepLabPipeline` merge.
         Raises UserError for a missing, damaged or foreign file, and for an unknown option or choice.
         """
@@ -118,8 +118,9 @@ class Pipeline(_Pipeline):
     payload: a checkpoint of stage 1 or 2 as `models.weights.load_model` gives it, with its classes.
     """
     steps = ("stage2", "stage1")
-    options = ("scales", "flip", "max_size", "crf_preset", "bg_alpha", "beta", "walk_steps", "walk_eps", "radius")
-    inherited = ("scales", "flip", "max_size", "radius")
+    options = ("scales", "flip", "alternate", "max_size", "crf_preset", "bg_alpha", "beta", "walk_steps", "walk_eps",
+               "radius")
+    inherited = ("scales", "flip", "alternate", "max_size", "radius")
 
     def __init__(self, payload: dict, maps: MapConfig, walk: WalkConfig, machine: Machine,
                  crf_preset: str = "mctformer"):
@@ -183,7 +184,7 @@ class Pipeline(_Pipeline):
         views: of each image, what `cam_views` gives.  sizes: of the images.  keys: of each, its known classes, or None
         for those that the classifier predicts: every class of positive logit, the likeliest at least.
         """
-        scales = [self._look(list(scale)) for scale in zip(*views)]
+        scales = [self._look(list(scale), flips) for scale, flips in zip(zip(*views), self.maps.flips())]
         logits = (sum(one.mean(dim=1) for one, _ in scales) / len(scales)).cpu().numpy()  # (B, K)
         found = []
         for i, (size, known) in enumerate(zip(sizes, keys)):
@@ -195,12 +196,14 @@ class Pipeline(_Pipeline):
         return found
 
     @torch.no_grad()
-    def _look(self, views: list[torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def _look(self, views: list[torch.Tensor], flips: tuple[bool, ...]
+              ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Logits (B, V, K), and the seed's maps (B, V, C, h, w), float32 on the device, of images of one size.
 
-        views: B normalised images (3, H, W).  V is 2 with the horizontal flip, which comes second, else 1.
+        views: B normalised images (3, H, W).  flips: for each of V views of an image, whether the network sees it
+        flipped; its maps are flipped back.
         """
-        batch, found = _flipped(views, self.maps.flip), []
+        batch, found = _flipped(views, flips), []
         for images in batch.split(max(1, PIXELS[self.machine.device.type] // batch[0, 0].numel())):
             images = images.to(self.machine.device, memory_format=torch.channels_last)
             with self.machine.autocast():
@@ -209,7 +212,7 @@ class Pipeline(_Pipeline):
                 maps = self.classifier.seed.maps(self.classifier, features, cam, images)
             found.append((cam.mean(dim=(2, 3)), *maps))
         logits, *maps = (torch.cat(parts).float().unflatten(0, (len(views), -1)) for parts in zip(*found))
-        return logits, tuple(maps)
+        return logits, tuple(_upright(part, flips, dim=1) for part in maps)
 
     def walks(self, views: Sequence[torch.Tensor], cams: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Propagate CAMs and their background scores: probabilities (K + 1, h, w) of each image, background first.
@@ -242,7 +245,7 @@ class DeepLabPipeline(_Pipeline):
     largest softmax of each class (MCTformer's), divided by its sum over classes.
     """
     steps = ("deeplab",)
-    options = ("scales", "flip", "max_size", "crf_preset", "merge")
+    options = ("scales", "flip", "alternate", "max_size", "crf_preset", "merge")
     inherited = ("max_size",)
 
     def __init__(self, payload: dict, maps: MapConfig, merge: str, machine: Machine, crf_preset: str = "seamv1"):
@@ -285,13 +288,11 @@ class DeepLabPipeline(_Pipeline):
     def merged(self, views: Sequence[torch.Tensor], grid: Size) -> np.ndarray:
         """Probabilities of all classes (C, *grid) float32 from all scales and flips."""
         maps = []
-        for view in views:
-            batch = _flipped([view], self.maps.flip).to(self.machine.device, memory_format=torch.channels_last)
+        for view, flips in zip(views, self.maps.flips()):
+            batch = _flipped([view], flips).to(self.machine.device, memory_format=torch.channels_last)
             with self.machine.autocast():
                 logits = self.deeplab(batch)
-            if self.maps.flip:
-                logits = torch.stack([logits[0], logits[1].flip(-1)])
-            maps.append(resize_tensor(logits.float(), grid))
+            maps.append(resize_tensor(_upright(logits.float(), flips, dim=0), grid))
         logits = torch.cat(maps)  # (scales and flips, C, *grid)
         if self.merge == "mean":
             return logits.mean(dim=0).softmax(dim=0).cpu().numpy()
@@ -312,6 +313,13 @@ def predicted(evidence: np.ndarray) -> np.ndarray:
     return keys if len(keys) else np.array([int(evidence.argmax())])
 
 
-def _flipped(views: list[torch.Tensor], flip: bool) -> torch.Tensor:
-    """A batch of views (3, H, W), each followed by its horizontal flip if asked."""
-    return torch.stack([turned for view in views for turned in ([view, view.flip(-1)] if flip else [view])])
+def _flipped(views: list[torch.Tensor], flips: tuple[bool, ...]) -> torch.Tensor:
+    """A batch of views (3, H, W), each flipped horizontally or not, as `flips` says, and as often."""
+    return torch.stack([view.flip(-1) if flip else view for view in views for flip in flips])
+
+
+def _upright(maps: torch.Tensor, flips: tuple[bool, ...], dim: int) -> torch.Tensor:
+    """Maps (..., w) of views that lie along a dimension, those of flipped views flipped back."""
+    if not any(flips):
+        return maps
+    return torch.stack([one.flip(-1) if flip else one for one, flip in zip(maps.unbind(dim), flips)], dim)

@@ -1,6 +1,5 @@
 """Stage 1, the CAM classifier, and stage 2, AffinityNet: what is trained, on what, with which loss."""
-import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -10,15 +9,16 @@ import torch
 from torch import nn
 
 from models.affinitynet import KINDS, affinity_loss, pair_counts
-from models.backbone import Network, build_backbone, for_inference
+from models.backbone import Network, build_backbone
 from models.classifier import Classifier
 from models.weights import build_network, load_pretrained, pack, unpack
+from src.features import Kept, feature_reader
 from src.inference import cam_folder, crf_identity, make_cams
 from src.masks import LabelConfig, write_label
 from src.pipeline import WALK_STRIDE, Pipeline
 from src.records import record_hash
 from src.seeds import attach
-from src.seeds.cam import Plan, Reader, Seed
+from src.seeds.cam import Plan, Seed
 from src.split_map import map_split, through_workers
 from src.training.head import fit_head
 from src.training.loop import MicroBatch, Task, train
@@ -31,7 +31,7 @@ from utils.files import write_json
 from utils.grids import snapped_size
 from utils.labels import read_mask
 from utils.loader import TrainingSamples, Views, WholeImages, whole_image_loader
-from utils.log import environment, progress, say, warn
+from utils.log import environment, say, warn
 from utils.metrics import average_precision
 from utils.random_walk import half_disc
 from utils.store import Folder, made_of, read_manifest
@@ -141,16 +141,19 @@ def run_stage1(dataset: Dataset, plan: ClassifierPlan, machine: Machine, out: Pa
 
     def contents() -> dict[str, object]:
         return {"classes": list(dataset.classes), "networks": {"classifier": pack(network, **how)}}
+    wanted = network.seed.wanted(dataset.labels, config.seed) if plan.head_only else ()
+    kept = Kept((*network.seed.depths, network.last), wanted)
     if plan.head_only:
-        best = _fit_head(network, dataset, contents, config.max_size, machine, out, options)
+        best = _fit_head(network, dataset, contents, config.max_size, machine, out, options, kept)
     else:
         best = _train_classifier(network, dataset, contents, plan, machine, out, options)
     if plan.seed.closed_form:
         if distributed.is_main():  # its samples are one stream of random numbers over all images
             payload = load_checkpoint(best)
-            record = _fitted(payload["networks"]["classifier"], dataset, config, machine)
+            record = _fitted(payload["networks"]["classifier"], dataset, config, machine, kept)
             save_checkpoint(best, {**payload, "networks": {"classifier": record}})
         distributed.barrier()
+    del kept  # its memory is the next step's
     pipeline = Pipeline(load_checkpoint(best), plan.maps, WalkConfig(), machine)
     _write_cams(pipeline, best, dataset, cam_folder(cam_dir, pipeline, bool(options["overwrite"])), options)
 
@@ -172,16 +175,17 @@ def _train_classifier(network: Network, dataset: Dataset, contents: Callable[[],
 
 
 def _fit_head(network: Network, dataset: Dataset, contents: Callable[[], dict[str, object]], max_size: int,
-              machine: Machine, out: Path, options: Options) -> Path:
+              machine: Machine, out: Path, options: Options, kept: Kept) -> Path:
     """Fit the classifier's head to the pooled features of whole images; returns the path of model_best.
 
-    Nothing is chosen by held-out images, so none are held out.
+    Nothing is chosen by held-out images, so none are held out.  kept: takes feature maps for the seed's fit.
     """
     path = out / "model_best.pth.tar"
     if distributed.is_main():
         network.eval().to(machine.device, memory_format=torch.channels_last)
         pooled, labels = [], np.zeros((len(dataset), len(dataset.classes)), np.float32)
-        for features, _, keys in _reader(network, dataset, max_size, machine, "features")(range(len(dataset))):
+        read = feature_reader(network, dataset, max_size, machine, "features", kept)
+        for features, _, keys in read(range(len(dataset))):
             labels[len(pooled), keys] = 1
             pooled.append(features[network.last].float().mean(dim=(2, 3))[0].cpu())
         weight, bias = fit_head(torch.stack(pooled), torch.from_numpy(labels[:len(pooled)]))
@@ -229,30 +233,13 @@ def _write_cams(pipeline: Pipeline, path: Path, dataset: Dataset, folder: Folder
     print(f"Wrote {len(made)} CAMs to {folder.path}")
 
 
-def _fitted(record: dict, dataset: Dataset, config: TrainConfig, machine: Machine) -> dict:
-    """The classifier's record with its seed fitted in closed form to the split's images."""
+def _fitted(record: dict, dataset: Dataset, config: TrainConfig, machine: Machine, kept: Kept) -> dict:
+    """The classifier's record with its seed fitted in closed form to the split's images.  kept: of an earlier pass."""
     classifier = unpack(record, attach).to(machine.device, memory_format=torch.channels_last)
-    classifier.seed.fit(classifier, _reader(classifier, dataset, config.max_size, machine, f"fitting "
-                        f"{classifier.seed.name}"), dataset.labels, config.seed)
+    read = feature_reader(classifier, dataset, config.max_size, machine, f"fitting {classifier.seed.name}", kept)
+    classifier.seed.fit(classifier, read, dataset.labels, config.seed)
     state = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
     return {**record, "state": state}
-
-
-def _reader(classifier: Network, dataset: Dataset, max_size: int, machine: Machine, what: str) -> Reader:
-    classifier = for_inference(copy.deepcopy(classifier.eval()), machine.device)
-
-    @torch.no_grad()
-    def read(positions: Sequence[int]) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, np.ndarray]]:
-        part = dataset.subset(positions)
-        views = Views((1.0,), max_size, classifier.backbone.stride, classifier.backbone.normalise)
-        images = WholeImages(part, views, skip_bad=machine.skip_bad)
-        for item in progress(whole_image_loader(images, machine), what, len(part)):
-            with machine.autocast():
-                features = classifier.backbone(item["views"][0][None].to(machine.device,
-                                                                         memory_format=torch.channels_last))
-                cam = classifier.cam(features)
-            yield features, cam, np.flatnonzero(part.labels[item["index"]])
-    return read
 
 
 def _mean_average_precision(network: Network, held: Dataset, max_size: int, machine: Machine) -> dict[str, float]:

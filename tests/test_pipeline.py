@@ -169,7 +169,7 @@ def test_unknown_labels_are_refused_with_the_choices(loaded, home, label):
 # --- loading -------------------------------------------------------------------------------------------------------
 
 def test_unknown_options_and_choices_are_refused_with_those_there_are(home):
-    refused(lambda: Pipeline.load(home.stage2, "cpu", scale=2), "no option 'scale' here", "scales, flip, max_size")
+    refused(lambda: Pipeline.load(home.stage2, "cpu", scale=2), "no option 'scale' here", "scales, flip, alternate, max_size")
     refused(lambda: Pipeline.load(home.stage2, "cpu", merge="max"), "no option 'merge' here")
     refused(lambda: DeepLabPipeline.load(home.deeplab, "cpu", beta=2.0), "no option 'beta' here", "merge")
     refused(lambda: DeepLabPipeline.load(home.deeplab, "cpu", merge="least"), "merge is 'least'", "mean, max")
@@ -352,14 +352,14 @@ def test_batches_of_images_give_the_files_of_one_at_a_time(home, monkeypatch, tm
 # --- DeepLab -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("merge", ["mean", "max"])
-@pytest.mark.parametrize("flip", [True, False])
-def test_deeplabs_scores_equal_those_of_one_view_at_a_time(home, merge, flip):
-    pipe = DeepLabPipeline.load(home.deeplab, "cpu", merge=merge, flip=flip, scales=(0.5, 1.0))
+@pytest.mark.parametrize("flip, alternate", [(True, False), (False, False), (True, True)])
+def test_deeplabs_scores_equal_those_of_one_view_at_a_time(home, merge, flip, alternate):
+    pipe = DeepLabPipeline.load(home.deeplab, "cpu", merge=merge, flip=flip, alternate=alternate, scales=(0.5, 1.0))
     network, maps, image = unpack(pipe.records["deeplab"]), [], home.data.image(0)
     grid = tuple(round((side - 1) / 8) + 1 for side in image.shape[:2])
     with torch.no_grad():
-        for view in pipe.views()(image):
-            for flipped in (False, True)[:1 + flip]:
+        for number, view in enumerate(pipe.views()(image)):
+            for flipped in [number == 1] if alternate else (False, True)[:1 + flip]:
                 logits = network(view.flip(-1)[None] if flipped else view[None])
                 logits = logits.flip(-1) if flipped else logits
                 maps.append(F.interpolate(logits, grid, mode="bilinear", align_corners=True)[0])

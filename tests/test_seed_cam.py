@@ -30,9 +30,9 @@ def classifier():
     return network.eval()
 
 
-def pipeline_of(classifier, flip=True):
+def pipeline_of(classifier, scales=(0.5, 1.0), **how):
     payload = {"classes": ["a", "b", "c"], "networks": {"classifier": pack(classifier, **HOW, seed={"name": "cam"})}}
-    return Pipeline(payload, MapConfig(flip=flip, max_size=512), WalkConfig(), Machine(torch.device("cpu")))
+    return Pipeline(payload, MapConfig(scales, max_size=512, **how), WalkConfig(), Machine(torch.device("cpu")))
 
 
 def views_of(count, sides=((33, 49), (65, 97)), seed=0):
@@ -42,11 +42,11 @@ def views_of(count, sides=((33, 49), (65, 97)), seed=0):
 
 
 @torch.no_grad()
-def one_view_at_a_time(classifier, views, keys):
+def one_view_at_a_time(classifier, views, keys, alternate=False):
     """The CAM as the papers have it: every scale and its flip by itself, ReLU, resized, summed, over its maximum."""
     total = 0
-    for view in views:
-        for flipped in (False, True):
+    for number, view in enumerate(views):
+        for flipped in [number == 1] if alternate else (False, True):
             cam = classifier.cam(classifier.backbone(view.flip(-1)[None] if flipped else view[None])).relu()
             cam = F.interpolate(cam, size=GRID, mode="bilinear", align_corners=True)[0]
             total = total + (cam.flip(-1) if flipped else cam)
@@ -89,17 +89,34 @@ def test_the_likeliest_class_is_predicted_if_none_is_likely(evidence, keys):
 
 def test_without_the_flip_there_is_one_view_a_scale(classifier):
     views = [view for _, view in views_of(2)]
-    logits, (cam,) = pipeline_of(classifier, flip=False)._look(views)
-    both, (turned,) = pipeline_of(classifier)._look(views)
+    logits, (cam,) = pipeline_of(classifier)._look(views, (False,))
+    both, (turned,) = pipeline_of(classifier)._look(views, (False, True))
     assert logits.shape == (2, 1, 3) and cam.shape[:3] == (2, 1, 3), (logits.shape, cam.shape)
     assert both.shape == (2, 2, 3) and turned.shape[:3] == (2, 2, 3), (both.shape, turned.shape)
     assert not torch.equal(turned[:, 0], turned[:, 1]), "the second view is no other"
 
 
-def test_maps_are_summed_over_scales_and_flips_are_turned_back():
+@pytest.mark.parametrize("how, flips", [
+    ({}, [(False, True), (False, True), (False, True)]), ({"flip": False}, [(False,), (False,), (False,)]),
+    ({"alternate": True}, [(False,), (True,), (False,)]),
+    ({"flip": False, "alternate": True}, [(False,), (False,), (False,)]),
+    ({"scales": (1.0,), "alternate": True}, [(False, True)])])
+def test_the_flips_of_each_scale_follow_from_the_two_flags(how, flips):
+    assert MapConfig(**how).flips() == flips, f"{how}: {MapConfig(**how).flips()}"
+
+
+def test_alternate_cams_are_the_first_scales_and_the_flipped_second_ones(classifier):
+    ((views, keys),) = zip(views_of(1), KEYS[:1])
+    (cam,) = pipeline_of(classifier, alternate=True).cams([views], [SIZE], [keys])
+    expected = one_view_at_a_time(classifier, views, keys, alternate=True)
+    error, apart = abs(cam.maps - expected).max(), abs(expected - one_view_at_a_time(classifier, views, keys)).max()
+    assert error < 1e-4 < apart, f"off by {error}; from those of both flips by {apart}"
+
+
+def test_maps_are_summed_over_scales_and_views():
     scales = [torch.rand(2, 3, 5, 7), torch.rand(1, 3, 9, 4)]
     both, one = (F.interpolate(maps, size=(11, 13), mode="bilinear", align_corners=True) for maps in scales)
-    expected = (both[0] + both[1].flip(-1) + one[0]).numpy()
+    expected = (both[0] + both[1] + one[0]).numpy()
     found = sum_views(scales, (11, 13))
     error = abs(found - expected).max() / expected.max()
     assert found.dtype == np.float32 and error < 1e-6, f"{found.dtype}, off by {error} of the maximum"

@@ -141,12 +141,12 @@ def test_the_seed_is_built_again_from_its_record_with_the_same_maps(fitted):
     assert gap == 0, f"maps differ by {gap:.1e}"
 
 
-def test_a_pair_of_a_view_and_its_flip_gives_the_map_of_the_view(fitted):
+def test_a_pair_of_equal_views_gives_the_map_of_the_view(fitted):
     network, _, items = fitted
     features, cam, keys, _ = items[2]
     images = torch.zeros(1, 3, 8, 8)
     one = network.seed.maps(network, features, cam, images)
-    pair = tuple(torch.cat([part, part.flip(-1)]) for part in one)
+    pair = tuple(torch.cat([part, part]) for part in one)
     gap = np.abs(network.seed.merge([one], keys, GRID) - network.seed.merge([pair], keys, GRID)).max()
     assert gap < 1e-5, f"they differ by {gap:.1e}"
 

@@ -68,11 +68,21 @@ class TrainConfig(Config):
 
 @dataclass(frozen=True)
 class MapConfig(Config):
-    """How a network looks at an image: scales (of the image capped at `max_size` pixels), flip, and which classes."""
+    """How a network looks at an image: scales (of the image capped at `max_size` pixels), flip, and which classes.
+
+    alternate: whether --flip shows every second scale flipped only, and the others unflipped only.
+    """
     scales: tuple[float, ...] = (0.5, 1.0, 1.5)
     flip: bool = True
     labels: str = "predicted"
     max_size: int = 1024
+    alternate: bool = False
+
+    def flips(self) -> list[tuple[bool, ...]]:
+        """For each scale, whether its views are flipped horizontally."""
+        if self.flip and self.alternate and len(self.scales) > 1:
+            return [(bool(i % 2),) for i in range(len(self.scales))]
+        return [(False, True) if self.flip else (False,)] * len(self.scales)
 
 
 @dataclass(frozen=True)

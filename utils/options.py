@@ -107,6 +107,8 @@ FLAGS = {
                                                  "(by labels or pseudo-labels, never by ground-truth masks)", 0.1),
     "scales": Flag(positive, "image scales whose maps are averaged", (0.5, 1.0, 1.5), nargs="+"),
     "flip": Flag(bool, "average with the horizontally flipped image", True),
+    "alternate": Flag(bool, "with --flip and several scales: the first scale as it is, the second flipped, and so on, "
+                            "instead of each scale both ways; takes half the time", False),
     "merge": Flag(str, "how the scales are merged: mean of the logits, or max of the softmax", "mean",
                   choices=("mean", "max")),
     "labels": Flag(str, "image labels that gate the maps: gt (known) or predicted by the classifier",
@@ -175,7 +177,7 @@ NETWORK = ("backbone", "width", "output_stride", "dilated")
 BACKBONE = (*NETWORK, "pretrained")
 TRAINING = ("batch_size", "epochs", "lr", "head_lr", "momentum", "weight_decay", "crop_size", "max_size",
             "val_fraction", "bn", "freeze", "accumulate", "clip_grad", "compile", "save_every", "resume", "tensorboard")
-MAPS = ("scales", "flip", "labels")
+MAPS = ("scales", "flip", "alternate", "labels")
 CRF = ("crf_preset", "crf_gaussian_sxy", "crf_gaussian_compat", "crf_bilateral_sxy", "crf_bilateral_srgb",
        "crf_bilateral_compat", "crf_iterations", "crf_backend")
 WALK = ("bg_alpha", "bg_threshold", "beta", "walk_steps", "walk_eps", "radius")

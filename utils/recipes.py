@@ -14,7 +14,7 @@ PUBLISHED = {
 # Chosen on a third of the Pet sample and of VOC's animals together (docs/experiments.md).  Its maps are posteriors of
 # whole objects, which meet the background score of alpha 6 where they are undecided, and which a long walk would blur.
 METHODS = {"mixture": {
-    "stage1": {"scales": (1.0, 1.5)},
+    "stage1": {"scales": (1.0, 1.5), "alternate": True},
     "stage2": {"alpha_low": 4.0, "alpha_high": 24.0, "crf_preset": "irn"},
     "masks": {"bg_alpha": 6.0, "walk_steps": 8, "crf_preset": "irn"},
 }}

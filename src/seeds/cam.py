@@ -54,6 +54,7 @@ class Seed(nn.Module):
     closed_form = False  # whether `fit` is to be called once the classifier is trained
     keeps_last = False   # whether model_best is the last epoch's: validation by labels says nothing about the method
     sparse = False       # whether a training step may leave some parameters without a gradient
+    depths: Sequence[str] = ()  # names of the backbone's feature maps that `fit` reads
 
     @classmethod
     def check(cls, plan: Plan) -> None:
@@ -85,6 +86,11 @@ class Seed(nn.Module):
             images, labels = cutmix(images, labels)
         return classification_loss(classifier(images), labels) * micro.weight, {}
 
+    def wanted(self, labels: np.ndarray, seed: int) -> Sequence[int]:
+        """Positions of the images that `fit` will read: an earlier pass keeps their `depths`.  Arguments as of `fit`.
+        """
+        return ()
+
     def fit(self, classifier: Classifier, read: Reader, labels: np.ndarray, seed: int) -> None:
         """Fit the seed's own tensors in closed form (only if `closed_form`).
 
@@ -102,7 +108,7 @@ class Seed(nn.Module):
     def merge(self, views: Sequence[tuple[torch.Tensor, ...]], keys: np.ndarray, size: Size) -> np.ndarray:
         """One map for each of an image's classes from all its views: (K, *size) float32 in [0, 1].
 
-        views: for each scale what `maps` returned, (V, C, h, w), V = 2 with the horizontal flip.
+        views: for each scale what `maps` returned of its V views, (V, C, h, w); those of flipped ones are flipped back.
         keys: (K,) zero-based classes.
         """
         return unit_maximum(sum_views([cam[:, keys].relu() for cam, *_ in views], size))
@@ -119,13 +125,12 @@ class Seed(nn.Module):
 
 
 def sum_views(scales: Sequence[torch.Tensor], size: Size) -> np.ndarray:
-    """Sum of the maps (V, K, h, w) of several scales, resized, the second of each flipped back.  Returns (K, *size)."""
+    """Sum of the maps (V, K, h, w) of several scales, resized.  Returns (K, *size)."""
     total = np.zeros((scales[0].shape[1], *size), np.float32)
     if not len(total):  # an image without a class
         return total
     for maps in scales:
-        maps = resize_tensor(maps, size)
-        total += (maps[0] if len(maps) == 1 else maps[0] + maps[1].flip(-1)).cpu().numpy()
+        total += resize_tensor(maps.sum(dim=0, keepdim=True), size)[0].cpu().numpy()
     return total
 
 

@@ -145,6 +145,9 @@ class Mixture(Seed):
 
     # --- the fit -----------------------------------------------------------------------------------------------------
 
+    def wanted(self, labels: np.ndarray, seed: int) -> Sequence[int]:
+        return drawn_images(labels, IMAGES, np.random.default_rng(seed))
+
     @torch.no_grad()
     def fit(self, classifier: Classifier, read: Reader, labels: np.ndarray, seed: int) -> None:
         """Fit the mixture to cells drawn from the images (see the module's text); says what it found.

@@ -1,0 +1,105 @@
+"""Feature maps of a split: what a pass keeps, and a second pass from it."""
+import numpy as np
+import pytest
+import torch
+
+from data.make_toy import make_toy
+from models.weights import build_network
+from src import features as module
+from src.features import Kept, feature_reader
+from src.seeds import attach
+from utils.config import DataConfig, Machine
+from utils.datasets import open_dataset
+from utils.errors import ImageError
+
+NAMES = ("layer2", "layer3", "layer4")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("features")
+    make_toy(folder, train=7, test=1, classes=3, size=64)
+    return folder
+
+
+@pytest.fixture
+def split(home):
+    return open_dataset(DataConfig("pet", str(home)))
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return build_network(kind="classifier", backbone="resnet18", width=0.25, classes=3).eval()
+
+
+def passes(network, split, kept, second, skip_bad=False):
+    """What the second of two passes reads at some positions, as lists; the first is over the whole split."""
+    machine = Machine(torch.device("cpu"), skip_bad=skip_bad)
+    list(feature_reader(network, split, 96, machine, "first", kept)(range(len(split))))
+    return list(feature_reader(network, split, 96, machine, "second", kept)(second))
+
+
+def same(one, other):
+    return all(torch.equal(a[0][name], b[0][name]) for a, b in zip(one, other) for name in NAMES) and all(
+        torch.equal(a[1], b[1]) and np.array_equal(a[2], b[2]) for a, b in zip(one, other))
+
+
+@pytest.mark.parametrize("room", [0, 3, 7])
+def test_a_second_pass_is_the_same_however_much_was_kept(network, split, monkeypatch, room):
+    (maps, _, _), *_ = passes(network, split, None, [0])
+    monkeypatch.setattr(module, "MEMORY", room * sum(maps[name].nbytes for name in NAMES))
+    kept, second = Kept(NAMES, range(7)), [0, 1, 2, 4, 5, 6]
+    found = passes(network, split, kept, second)
+    assert len(kept.maps) == room, f"{len(kept.maps)} images were kept, there was room for {room}"
+    assert len(found) == 6 and same(found, passes(network, split, None, second)), "the passes differ"
+
+
+def test_what_is_kept_is_not_computed_again(network, split, monkeypatch):
+    kept = Kept(NAMES, [1, 2, 5])
+    machine = Machine(torch.device("cpu"))
+    list(feature_reader(network, split, 96, machine, "first", kept)(range(7)))
+    assert sorted(kept.maps) == [1, 2, 5], sorted(kept.maps)
+    asked = []
+    monkeypatch.setattr(type(split), "photo", lambda self, index, used: asked.append(index) or 1 / 0)
+    again = [keys.tolist() for _, _, keys in feature_reader(network, split, 96, machine, "second", kept)([1, 2, 5])]
+    assert not asked and again == [np.flatnonzero(split.labels[i]).tolist() for i in (1, 2, 5)], (asked, again)
+
+
+def test_the_second_pass_has_the_cams_of_the_new_head(network, split):
+    kept, machine = Kept(NAMES, range(7)), Machine(torch.device("cpu"))
+    list(feature_reader(network, split, 96, machine, "first", kept)(range(7)))
+    other = build_network(kind="classifier", backbone="resnet18", width=0.25, classes=3).eval()
+    other.backbone.load_state_dict(network.backbone.state_dict())
+    found = list(feature_reader(other, split, 96, machine, "second", kept)(range(7)))
+    assert same(found, list(feature_reader(other, split, 96, machine, "alone")(range(7)))), "not those of the new head"
+
+
+def test_a_damaged_image_is_left_out_of_both_passes(network, tmp_path):
+    make_toy(tmp_path, train=7, test=1, classes=3, size=64)
+    split = open_dataset(DataConfig("pet", str(tmp_path)))
+    split.image_path(3).write_bytes(b"no image")
+    kept = Kept(NAMES, [1, 3, 6])
+    found = passes(network, split, kept, [1, 2, 3, 4, 6], skip_bad=True)
+    assert sorted(kept.maps) == [1, 6] and len(found) == 4, (sorted(kept.maps), len(found))
+    whole = split.subset([1, 2, 4, 6])
+    assert same(found, passes(network, whole, None, range(4))), "others came instead"
+    with pytest.raises(ImageError):
+        passes(network, split, None, [0])
+
+
+def test_a_mixture_wants_the_images_that_its_fit_reads(network):
+    torch.manual_seed(0)
+    own = build_network(kind="classifier", backbone="resnet18", width=0.25, classes=3).eval()
+    attach(own, {"name": "mixture", "depths": []})
+    labels = np.eye(3, dtype=np.uint8)[np.arange(40) % 3]
+    asked = []
+
+    def read(positions):
+        asked.extend(positions)
+        raise InterruptedError
+    with pytest.raises(InterruptedError):
+        own.seed.fit(own, read, labels, 3)
+    assert asked == list(own.seed.wanted(labels, 3)), "it reads others"
+    attach(own, {"name": "cam"})
+    assert list(own.seed.wanted(labels, 3)) == []
