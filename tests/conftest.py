@@ -1,6 +1,7 @@
 """Fixtures that several files share: chains of script runs, made in the background, and the GPU marker."""
 import functools
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,14 +49,29 @@ def background(request):
     wanted = {name for name in CHAINS if name in named}
     wanted |= {"pipeline"} if wanted else set()  # others start from it
     with tempfile.TemporaryDirectory(prefix="wsss-tests-", ignore_cleanup_errors=True) as home:
-        pool, futures = ThreadPoolExecutor(AT_A_TIME), {}
-        # The pipeline first: others wait for it in their threads, which must not keep it from starting.
+        pool, futures, slots = ThreadPoolExecutor(max(1, len(wanted))), {}, threading.Semaphore(AT_A_TIME)
+        submitted, over = threading.Event(), threading.Event()
+
+        def build(name):
+            submitted.wait()
+            with slots:
+                return None if over.is_set() else CHAINS[name](Path(home) / name, get)
+
+        def get(other):
+            """For a chain that goes on from another one: its slot is free for others while it waits."""
+            slots.release()
+            try:
+                return futures[other].result()
+            finally:
+                slots.acquire()
+        # The pipeline first: others wait for it.
         for name in sorted((name for name in CHAINS if name in wanted), key="pipeline".__ne__):
-            folder = Path(home) / name
-            folder.mkdir()
-            futures[name] = pool.submit(CHAINS[name], folder, lambda other: futures[other].result())
+            (Path(home) / name).mkdir()
+            futures[name] = pool.submit(build, name)
+        submitted.set()
         yield lambda name: futures[name].result()
-        pool.shutdown(cancel_futures=True)
+        over.set()
+        pool.shutdown()
 
 
 @pytest.fixture

@@ -169,7 +169,8 @@ def test_unknown_labels_are_refused_with_the_choices(loaded, home, label):
 # --- loading -------------------------------------------------------------------------------------------------------
 
 def test_unknown_options_and_choices_are_refused_with_those_there_are(home):
-    refused(lambda: Pipeline.load(home.stage2, "cpu", scale=2), "no option 'scale' here", "scales, flip, alternate, max_size")
+    refused(lambda: Pipeline.load(home.stage2, "cpu", scale=2), "no option 'scale' here",
+            "scales, flip, alternate, max_size")
     refused(lambda: Pipeline.load(home.stage2, "cpu", merge="max"), "no option 'merge' here")
     refused(lambda: DeepLabPipeline.load(home.deeplab, "cpu", beta=2.0), "no option 'beta' here", "merge")
     refused(lambda: DeepLabPipeline.load(home.deeplab, "cpu", merge="least"), "merge is 'least'", "mean, max")
