@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from script_runs import chain, read_json, run
 from torch.nn import functional as F
 
 from benchmarks.affinity_loss import case, gather_loss
@@ -11,6 +12,7 @@ from benchmarks.cam import SCALES, plain_cam
 from benchmarks.deeplab import plain, without_dropout
 from benchmarks.measure import Table
 from benchmarks.performance import BENCHMARKS, document
+from benchmarks.scale import CLASSES, MACHINE, SIZE, STEPS, open_drawn
 from benchmarks.scoring import counts_of, plain_sweep, score_maps
 from experiments.avc_ablation import square_truth
 from models.affinitynet import affinity_loss
@@ -87,3 +89,26 @@ def test_a_case_is_a_line_of_the_table_a_json_line_and_a_row_of_the_document(cap
     text = document({name: [row] for name in BENCHMARKS}, photos=True)
     assert text.count("| walk | 0.5 | 4 | 8 |  | 1.2e-05 | images 3 |") == len(BENCHMARKS), text
     assert "`python -m benchmarks.crf --presets psa --data_root DATA`" in text, text
+
+
+def test_drawn_photos_are_the_same_each_time_and_their_masks_show_a_class_of_their_labels(tmp_path):
+    split = open_drawn(tmp_path, "20", difficult=True)
+    for i in range(len(split)):
+        image, mask = split.image(i), split.mask(i)
+        assert image.shape == (*SIZE, 3) and mask.shape == SIZE and np.array_equal(image, split.image(i))
+        (shown,) = set(np.unique(mask)) - {0}
+        assert split.labels[i, shown - 1] == 1 and 1 <= split.labels[i].sum() <= 3, f"{shown}: {split.labels[i]}"
+        assert 0.03 < (mask > 0).mean() < 0.6, f"{(mask > 0).mean():.2f} of the photo is object"
+    assert split.labels.shape == (20, CLASSES) and len({split.image(i).tobytes() for i in range(20)}) == 20
+
+
+@chain
+def drawn(folder, get):
+    """Step 1 on six drawn photos, through tests/test_plugs.py, which runs a module.  The folder."""
+    run(folder, "tests/test_plugs.py", "-m", "benchmarks.scale", *STEPS["step 1"], "--split", 6, *MACHINE)
+    return folder
+
+
+def test_a_script_takes_the_drawn_photos(drawn):
+    manifest = read_json(drawn / "data/cams/manifest.json")
+    assert manifest["options"]["dataset"] == "drawn" and len(list((drawn / "data/cams").glob("*.npz"))) == 6, manifest

@@ -1,0 +1,128 @@
+"""Steps 1 to 4 on simulated splits of growing size: memory and time an image, from 1,000 images to COCO's 82,081.
+
+    python -m benchmarks.scale [--counts 1000 82081] [--folder FOLDER]
+    python -m benchmarks.scale run_train.py --stage 1 --dataset drawn ...      a script, with this file's dataset
+
+Images of 32x24 pixels and their masks are drawn on the fly, so that what grows with the split is this project's own:
+lists of ids, manifests, folders of small files, tallies.  The network is a narrow resnet18 of random weights.  Each row
+is a step: its seconds, milliseconds an image, and the MB of its largest process at the peak.  The reference of a row is
+the first count's time an image times its number of images: a ratio of 1 means that nothing grows faster than the split.
+"""
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.measure import ROOT, Parser, Table
+from utils.datasets import DATASETS
+from utils.datasets.base import Dataset, Layout
+from utils.errors import UserError
+from utils.files import short_hash
+from utils.recipes import by_step
+from utils.runtime import run_main
+
+NAME, CLASSES, SIZE = "drawn", 80, (24, 32)
+MACHINE = ("--device", "cpu", "--precision", "fp32", "--workers", "2")
+STEPS = {
+    "step 1": ("run_train.py", "--stage", "1", "--dataset", NAME, "--data_root", ".", "--backbone", "resnet18",
+               "--width", "0.25", "--pretrained", "none", "--method", "cam", "--head_only", "--scales", "1"),
+    "step 2": ("run_train.py", "--stage", "2", "--epochs", "1", "--batch_size", "32", "--crop_size", "33"),
+    "step 3": ("run_inference.py", "--walk_steps", "8"),
+    "step 4": ("run_eval.py", "--walk_steps", "8")}
+
+
+class Drawn(Dataset):
+    """Photos that are drawn when they are asked for: an ellipse of its class's colour on noise."""
+
+    def image(self, index: int) -> np.ndarray:
+        inside, classes = drawing(self.ids[index])
+        rng = np.random.default_rng(int(self.ids[index]))
+        colours = np.random.default_rng(0).integers(0, 256, (CLASSES + 1, 3))
+        noise = rng.integers(-40, 40, (*SIZE, 3))
+        return np.clip(colours[np.where(inside, classes[0] + 1, 0)] + noise, 0, 255).astype(np.uint8)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return SIZE
+
+    def stamps(self, labels: bool) -> list[str]:
+        return [short_hash(image_id.encode()) for image_id in self.ids]
+
+
+def drawing(image_id: str) -> tuple[np.ndarray, list[int]]:
+    """(where the object is (H, W) bool, the classes of the image, zero-based, that of the object first)."""
+    rng = np.random.default_rng((1, int(image_id)))
+    (y, x), (b, a) = rng.uniform(0.3, 0.7, 2) * SIZE, rng.uniform(0.15, 0.35, 2) * SIZE
+    rows, columns = np.ogrid[:SIZE[0], :SIZE[1]]
+    return ((rows - y) / b) ** 2 + ((columns - x) / a) ** 2 < 1, rng.permutation(CLASSES)[:rng.integers(1, 4)].tolist()
+
+
+def truth(image_id: str, _: np.ndarray | None) -> tuple[str, np.ndarray]:
+    """Ground truth as `utils.datasets.base.Truth` has it."""
+    inside, classes = drawing(image_id)
+    return image_id, (inside * (classes[0] + 1)).astype(np.uint8)
+
+
+def open_drawn(root: Path, split: str | None, difficult: bool) -> Dataset:
+    """A split is as many images as its name says."""
+    ids = [f"{number:012d}" for number in range(int(split or 100))]
+    labels = np.zeros((len(ids), CLASSES), np.uint8)
+    for row, image_id in zip(labels, ids):
+        row[drawing(image_id)[1]] = 1
+    return Drawn(NAME, root, split or "100", ("100",), [f"class{k}" for k in range(CLASSES)], ids, labels, root,
+                 [f"{image_id}.jpg" for image_id in ids], truth)
+
+
+def measured(argv: tuple[str, ...], folder: Path) -> tuple[float, float]:
+    """(seconds, MB of the largest process at its peak) of a step in a folder; UserError if it fails."""
+    command = [sys.executable, "-m", "benchmarks.scale", *argv, *MACHINE]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = time.perf_counter()
+    with open(folder / "said.txt", "a", encoding="utf-8") as said:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=said)
+        _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        last = (folder / "said.txt").read_text(encoding="utf-8").strip().splitlines()[-1]
+        raise UserError(f"{' '.join(argv[:3])} in {folder}: {last}")
+    return time.perf_counter() - started, used.ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = Parser("benchmarks.scale", __doc__)
+    parser.add_argument("--counts", type=int, nargs="+", default=[1000, 82081],
+                        help="images of the splits, ascending (default: 1000 82081)")
+    parser.add_argument("--steps", nargs="+", choices=tuple(STEPS), default=list(STEPS), help="default: all four")
+    parser.add_argument("--folder", help="where the steps work, kept; by default a temporary folder")
+    args = parser.parse_args()
+    table, first = Table(), {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for count in args.counts:
+            folder = Path(args.folder or temporary).resolve() / str(count)
+            folder.mkdir(parents=True)
+            for step in args.steps:
+                argv = STEPS[step] + ("--split", str(count)) * (step == "step 1")
+                seconds, peak = measured(argv, folder)
+                first.setdefault(step, seconds / count)
+                table.add(f"{step}, {count} images", seconds, first[step] * count, ms_an_image=1000 * seconds / count,
+                          peak_mb=round(peak))
+    table.finish()
+
+
+def script(argv: list[str]) -> None:
+    """Run a script with the dataset of this file."""
+    DATASETS[NAME] = Layout(open_drawn, ".", defaults=by_step(max(SIZE)))
+    sys.argv = argv
+    run_main(runpy.run_path(str(ROOT / argv[0]))["main"])
+
+
+if __name__ == "__main__":
+    from benchmarks import scale  # so that worker processes find the dataset's class by its module
+    if sys.argv[1:2] and sys.argv[1].endswith(".py"):
+        scale.script(sys.argv[1:])
+    else:
+        run_main(scale.main)
