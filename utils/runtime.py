@@ -45,6 +45,15 @@ def wait_quietly() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def remember_shapes() -> None:
+    """Let oneDNN keep the code that it compiles for each shape of a layer; must be called before torch is imported.
+
+    It keeps 1,024 layers by default, which is some 16 image sizes of EfficientNet-Lite2. 240 views in 59 sizes took 11 %
+    less processor time with all kept, and 100 MB more.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
+
+
 def one_line(error: BaseException) -> str:
     """An error's message in one line, without the traceback that a DataLoader worker puts before it."""
     return " ".join(re.split(r"^[\w.]*Error: ", str(error), flags=re.MULTILINE)[-1].split())
@@ -57,6 +66,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     torchrun then ends the others.
     """
     wait_quietly()
+    remember_shapes()
     keep_memory()
     for stream in (sys.stdout, sys.stderr):  # a class name that the terminal cannot show must not end a run
         if hasattr(stream, "reconfigure"):
