@@ -25,11 +25,13 @@ DOCUMENT = ROOT / "docs" / "performance.md"
 @dataclass(frozen=True)
 class Benchmark:
     """title: what is measured, against what.  target: the project's own.  flags: of the run.  photos: whether it takes
-    --data_root."""
+    --data_root.  gpu: whether it runs only where there is a GPU.  module: of `benchmarks`, where it is not the name."""
     title: str
     target: str
     flags: tuple[str, ...] = ()
     photos: bool = False
+    gpu: bool = False
+    module: str | None = None
 
 
 BENCHMARKS = {
@@ -51,13 +53,17 @@ BENCHMARKS = {
         "on two CPU cores 1.5 times in bf16", ("--stages", "deeplab", "--variants", "plain", "fp32", "bf16")),
     "loader": Benchmark("Reading and varying training images, and the memory of 82,081 items in a worker",
                         "not the limit of a training"),
+    "device": Benchmark("Inference on a GPU, against its rates of matrix products and of copying",
+                        "networks 0.3 of the rate of products, walk and CRF 0.3 of that of copying", gpu=True),
+    "gpu_training": Benchmark("Training steps on a GPU, published sizes and batches, against a plain float32 loop",
+                              "3 times in bf16", gpu=True, module="train_throughput"),
 }
 
 
 def command_of(name: str, data_root: str | None = None) -> list[str]:
     """The command line of a benchmark, as a user types it."""
     photos = ["--data_root", data_root] if data_root and BENCHMARKS[name].photos else []
-    return ["python", "-m", f"benchmarks.{name}", *BENCHMARKS[name].flags, *photos]
+    return ["python", "-m", f"benchmarks.{BENCHMARKS[name].module or name}", *BENCHMARKS[name].flags, *photos]
 
 
 def run(name: str, data_root: str | None) -> list[dict]:
@@ -113,13 +119,19 @@ def _line(row: dict) -> str:
     return f"| {row['case']} | " + " | ".join(shown) + f" | {more} |"
 
 
+def there() -> list[str]:
+    """The benchmarks that can run on this machine."""
+    import torch
+    return [name for name, one in BENCHMARKS.items() if torch.cuda.is_available() or not one.gpu]
+
+
 def main() -> None:
     parser = Parser("benchmarks.performance", __doc__)
     parser.add_argument("--only", nargs="+", choices=tuple(BENCHMARKS), help="just these, and no document")
     parser.add_argument("--data_root", help="a folder of photos in Pet's layout (default: toy sets)")
     args = parser.parse_args()
     data_root = str(Path(args.data_root).resolve()) if args.data_root else None
-    rows = {name: run(name, data_root) for name in args.only or BENCHMARKS}
+    rows = {name: run(name, data_root) for name in args.only or there()}
     if not args.only:
         with atomic_path(DOCUMENT) as temporary:
             temporary.write_text(document(rows, bool(data_root)), encoding="utf-8")

@@ -1,4 +1,5 @@
 """The references that benchmarks compare with compute the same as ours, and the output says what was measured."""
+import itertools
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from benchmarks.affinity_loss import case, gather_loss
 from benchmarks.cam import SCALES, plain_cam
 from benchmarks.deeplab import plain, without_dropout
+from benchmarks.device import copy_rate, crf, operations, photos, walk
 from benchmarks.measure import Table
 from benchmarks.performance import BENCHMARKS, document
 from benchmarks.scale import CLASSES, MACHINE, SIZE, STEPS, open_drawn
@@ -22,7 +24,7 @@ from src.pipeline import Pipeline
 from utils.config import Machine, MapConfig, WalkConfig
 from utils.labels import IGNORE
 from utils.metrics import SweepHistogram
-from utils.random_walk import half_disc
+from utils.random_walk import chebyshev, half_disc
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -100,6 +102,24 @@ def test_drawn_photos_are_the_same_each_time_and_their_masks_show_a_class_of_the
         assert split.labels[i, shown - 1] == 1 and 1 <= split.labels[i].sum() <= 3, f"{shown}: {split.labels[i]}"
         assert 0.03 < (mask > 0).mean() < 0.6, f"{(mask > 0).mean():.2f} of the photo is object"
     assert split.labels.shape == (20, CLASSES) and len({split.image(i).tobytes() for i in range(20)}) == 20
+
+
+def test_the_rates_of_a_device_rest_on_what_the_cases_do():
+    cpu = torch.device("cpu")
+    assert copy_rate(cpu) > 1e8, f"{copy_rate(cpu):.1e} bytes a second"
+    layer = torch.nn.Conv2d(3, 5, 1, bias=False)
+    assert operations(lambda: layer(torch.zeros(1, 3, 4, 4))) == 2 * 3 * 5 * 16
+    images = photos(2, (48, 64))
+    assert images[0].shape == (48, 64, 3) and len(np.unique(images[0])) > 100, "flat photos"
+    (call, moved), (_, double) = walk(1, (48, 64), cpu), walk(2, (48, 64), cpu)
+    assert call()[0].shape == (3, 6, 8) and double == 2 * moved, (moved, double)
+    cells = list(itertools.product(range(6), range(8)))
+    pairs = sum((a - c) ** 2 + (b - d) ** 2 < 25 for (a, b), (c, d) in itertools.product(cells, cells))
+    products = len(chebyshev(256, 1e-3)) - 1
+    assert moved == products * pairs * (4 + 4), f"{moved} bytes in {products} products of {pairs} entries"
+    call, moved = crf(images, cpu, 2)
+    call()
+    assert moved > 12 * 2 * 48 * 64 * 6 * 16, f"{moved} bytes"  # 12 filterings, 6 corners, splat and slice, 8 bytes
 
 
 @chain

@@ -1,4 +1,5 @@
 """The whole pipeline through the real scripts: what they write and inherit, their help, the commands of the readme."""
+import json
 import math
 import re
 import subprocess
@@ -593,6 +594,26 @@ def test_a_dry_run_prints_the_options_and_writes_nothing(dry):
         assert done.returncode == 0 and "Dry run" in said and "seed=0" in said, f"{done.args}: {said}"
     touched = set(before.items()) ^ set(after.items())
     assert not touched, f"written or touched: {sorted(touched)}"
+
+
+@pytest.mark.gpu
+def test_two_gpus_have_the_losses_of_one(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, there is {torch.cuda.device_count()}")
+    make_toy(tmp_path / DATA, train=8, test=2, classes=2, size=48)
+    gpu = (*SMALL, "--device", "cuda", "--crop_size", 65, "--batch_size", 4)
+    run(tmp_path, "run_train.py", "--stage", 1, *gpu, "--scales", 1)
+    step = ("run_train.py", "--stage", 2, *gpu, "--epochs", 2)
+    run(tmp_path, *step, "--output_dir", "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / step[0],
+               *step[1:], "--output_dir", "two"]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = ([line for line in map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
+                 if "grad_norm" in line] for name in ("one", "two"))
+    assert len(one) == len(two) == 4, f"{len(one)} and {len(two)} steps"
+    gaps = [abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(one, two)]
+    assert max(gaps) < 1e-3, f"losses differ by {gaps}"
 
 
 @pytest.mark.gpu
