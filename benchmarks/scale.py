@@ -4,9 +4,10 @@
     python -m benchmarks.scale run_train.py --stage 1 --dataset drawn ...      a script, with this file's dataset
 
 Images of 32x24 pixels and their masks are drawn on the fly, so that what grows with the split is this project's own:
-lists of ids, manifests, folders of small files, tallies.  The network is a narrow resnet18 of random weights.  Each row
-is a step: its seconds, milliseconds an image, and the MB of its largest process at the peak.  The reference of a row is
-the first count's time an image times its number of images: a ratio of 1 means that nothing grows faster than the split.
+lists of ids, manifests, folders of small files, tallies.  The network is a narrow resnet18 of random weights on one
+thread.  Each row is a step: its seconds, the milliseconds of each image more than the count before has, and the MB of
+its largest process at the peak.  The reference of a row is the first count's time for as many images: a ratio of 1 or
+more means that nothing grows faster than the split (the start counts but once).
 """
 import os
 import runpy
@@ -80,7 +81,7 @@ def open_drawn(root: Path, split: str | None, difficult: bool) -> Dataset:
 def measured(argv: tuple[str, ...], folder: Path) -> tuple[float, float]:
     """(seconds, MB of the largest process at its peak) of a step in a folder; UserError if it fails."""
     command = [sys.executable, "-m", "benchmarks.scale", *argv, *MACHINE]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     started = time.perf_counter()
     with open(folder / "said.txt", "a", encoding="utf-8") as said:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=said)
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", choices=tuple(STEPS), default=list(STEPS), help="default: all four")
     parser.add_argument("--folder", help="where the steps work, kept; by default a temporary folder")
     args = parser.parse_args()
-    table, first = Table(), {}
+    table, first, last = Table(), {}, {}
     with tempfile.TemporaryDirectory() as temporary:
         for count in args.counts:
             folder = Path(args.folder or temporary).resolve() / str(count)
@@ -108,8 +109,10 @@ def main() -> None:
                 argv = STEPS[step] + ("--split", str(count)) * (step == "step 1")
                 seconds, peak = measured(argv, folder)
                 first.setdefault(step, seconds / count)
-                table.add(f"{step}, {count} images", seconds, first[step] * count, ms_an_image=1000 * seconds / count,
-                          peak_mb=round(peak))
+                images, before = last.get(step, (0, 0))
+                last[step] = count, seconds
+                table.add(f"{step}, {count} images", seconds, first[step] * count, peak_mb=round(peak),
+                          ms_a_further_image=round(1000 * (seconds - before) / (count - images), 2))
     table.finish()
 
 
