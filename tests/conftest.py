@@ -7,8 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from script_runs import CHAINS, DATA, MACHINE, SMALL, STAGE2, chain, start_cold
 from script_runs import run as run_script
+from torch.utils._python_dispatch import TorchDispatchMode
 from trees import make_coco, make_folder, make_pet
 
 from data.make_toy import make_toy
@@ -20,17 +22,14 @@ def pytest_collection_modifyitems(items):
     """Skip tests marked `gpu` where there is none; put those that wait for chains last, while the chains are made."""
     items.sort(key=lambda item: any(name in CHAINS for name in item.fixturenames))
     marked = [item for item in items if item.get_closest_marker("gpu")]
-    if marked:
-        import torch
-        if not torch.cuda.is_available():
-            for item in marked:
-                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Tiny tensors: on a busy machine, threads that wait for each other cost many times what they gain."""
-    import torch
     torch.set_num_threads(1)
 
 
@@ -40,6 +39,14 @@ def fp32():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("utils.precision.cpu_has_bf16", lambda: False)
         yield
+
+
+class NoDraws(TorchDispatchMode):
+    """A chain runs in a thread: what it drew would be missing from a test's numbers after `torch.manual_seed`."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert torch.Tag.nondeterministic_seeded not in func.tags, f"a chain draws ({func}): use `random_weights`"
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -54,7 +61,7 @@ def background(request):
 
         def build(name):
             submitted.wait()
-            with slots:
+            with slots, NoDraws():
                 return None if over.is_set() else CHAINS[name](Path(home) / name, get)
 
         def get(other):

@@ -47,17 +47,6 @@ def environment(folder):
             "https_proxy": nowhere, "HTTPS_PROXY": nowhere}
 
 
-def imagenet_weights(folder, name):
-    """Random weights of a ResNet where torchvision's cache looks for its ImageNet weights in the runs of a folder."""
-    torch.manual_seed(0)
-    url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
-    path = folder / "torch_home" / "hub" / "checkpoints" / url.rpartition("/")[2]
-    path.parent.mkdir(parents=True)
-    # Residuals that start at 0: frozen normalisation does not divide by what random weights make grow.
-    torch.save(torchvision.models.get_model(name, weights=None, zero_init_residual=True).state_dict(), path)
-    return path
-
-
 class Server:
     """A process that has imported torch and forks for each run (tests/fork_scripts.py).  env: more of its environment.
     """
@@ -186,6 +175,18 @@ def run(folder, script, *flags, timeout=120, start=start):
     command = " ".join(map(str, (script, *flags)))
     assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stderr[-3000:]}"
     return done
+
+
+def random_weights(folder, path, layout, seed=0, **how):
+    """Write random weights to a file of a folder (see tests/random_weights.py).  Returns its path."""
+    run(folder, "tests/random_weights.py", path, layout, json.dumps(how), seed)
+    return folder / path
+
+
+def imagenet_weights(folder, name):
+    """Random weights of a ResNet where torchvision's cache looks for its ImageNet weights in the runs of a folder."""
+    url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+    return random_weights(folder, f"torch_home/hub/checkpoints/{url.rpartition('/')[2]}", "torchvision", name=name)
 
 
 def copy(source, target, without=()):

@@ -8,11 +8,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from script_runs import DATA, MACHINE, SMALL, STAGE2, chain, copy, files, fork, mask_picture, picture, read_json
+from script_runs import (
+    DATA,
+    MACHINE,
+    SMALL,
+    STAGE2,
+    chain,
+    copy,
+    files,
+    fork,
+    mask_picture,
+    picture,
+    random_weights,
+    read_json,
+)
 
 from data.make_toy import make_toy
-from models.weights import Weights, build_network, export, pack
-from utils.checkpoint import save_tensors
 
 REFUSALS = {}  # name -> (function that spoils a folder, words that the error line must have)
 LATE = set()  # not refused by a dry run, but in the midst of the work: what was finished before stays
@@ -245,9 +256,8 @@ def a_missing_checkpoint(folder):
 
 @refusal("knows 2 classes", "has 3", "--data_root")
 def a_published_classifier_of_other_classes(folder):
-    how = {"kind": "classifier", "backbone": "resnet38", "width": 0.05, "output_stride": 8, "classes": 2}
-    state, _ = export(Weights("", "", {"classifier": pack(build_network(**how), **how)}), "psa")
-    save_tensors(folder / "cls.pth", state)
+    random_weights(folder, "cls.pth", "psa", kind="classifier", backbone="resnet38", width=0.05, output_stride=8,
+                   classes=2)
     return "run_train.py", "--stage", 1, "--model_path", "cls.pth", "--output_dir", "output/new", *MACHINE
 
 
@@ -259,7 +269,7 @@ def another_backbone_than_the_checkpoints(folder):
 
 @refusal("other.pth", "holds weights of resnet50", "pass --backbone resnet50")
 def weights_of_another_backbone_before_labels_are_made(folder):
-    save_tensors(folder / "other.pth", build_network("deeplab", "resnet50", classes=1).backbone.state_dict())
+    random_weights(folder, "other.pth", "backbone", kind="deeplab", backbone="resnet50", classes=1)
     return ("run_train.py", "--stage", 2, "--pretrained", "other.pth", "--alpha_low", 3, "--output_dir", "output/new",
             *MACHINE)
 
@@ -293,8 +303,7 @@ def common_from_random_weights(folder):
 
 @refusal("--method common needs the features of the pretrained backbone", "--freeze 4")
 def common_with_too_few_frozen_blocks(folder):
-    weights = build_network("classifier", "resnet18", classes=1).backbone.state_dict()
-    save_tensors(folder / "weights.pth", weights)
+    random_weights(folder, "weights.pth", "backbone", kind="classifier", backbone="resnet18", classes=1)
     return *STAGE_1, "--method", "common", "--pretrained", "weights.pth", "--freeze", 3
 
 

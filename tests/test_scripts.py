@@ -24,6 +24,7 @@ from script_runs import (
     fork,
     imagenet_weights,
     picture,
+    random_weights,
     read_json,
     run,
     start,
@@ -35,9 +36,7 @@ import run_train
 import test_deeplab
 import train_deeplab
 from data.make_toy import make_toy
-from models.weights import Weights, build_network, export, pack
 from src.seeds import SEED_FLAGS
-from utils.checkpoint import save_tensors
 from utils.files import file_hash, load_cam, save_cam
 from utils.labels import voc_palette
 from utils.options import GROUPS
@@ -458,14 +457,12 @@ def test_stage_2_warns_when_no_affinity_label_has_any_foreground(empty):
 def _published(folder, kind, family, **how):
     """A file in a published layout, of random weights at an eighth of the width."""
     how = {"kind": kind, "backbone": "resnet38", "width": 0.125, "output_stride": 8, **how}
-    record = pack(build_network(**how), **how)
-    save_tensors(folder / f"{kind}.pth", export(Weights("", "", {kind: record}), family)[0])
+    random_weights(folder, f"{kind}.pth", family, **how)
 
 
 @chain
 def foreign(folder, get):
     """Published files through every step that takes one."""
-    torch.manual_seed(0)
     make_toy(folder / DATA, train=4, test=1, classes=2, size=48)
     _published(folder, "classifier", "psa", classes=2)
     _published(folder, "affinity", "psa")
@@ -484,7 +481,7 @@ def foreign(folder, get):
     before = files(folder / "output")
     run(folder, "run_train.py", "--stage", 1, "--model_path", adopted, "--split", "test", "--scales", 1, "--cam_dir",
         "test_cams", *MACHINE)
-    _published(folder, "classifier", "psa", classes=2)  # of other random weights
+    _published(folder, "classifier", "psa", classes=2, seed=1)
     other = finish(start(folder, "run_train.py", "--stage", 1, "--model_path", "classifier.pth", *MACHINE))
     return SimpleNamespace(folder=folder, told=told, seed=seed, masks=masks, test=test, other=other,
                            changed=set(files(folder / "output").items()) ^ set(before.items()))
