@@ -124,7 +124,7 @@ def stage2(parser: flags.Parser, args: argparse.Namespace) -> int:
     # Not flags of this stage, but of its record: step 3 inherits them, so that these CAMs fit its options.
     made_with = manifest["options"]
     args.scales, args.flip, args.alternate = (made_with.get(name) for name in ("scales", "flip", "alternate"))
-    args.method = manifest["options"].get("method")  # whose defaults hold for the masks too
+    args.method = made_with.get("method")  # whose defaults hold for the masks too
     start.check_network(args)
     args.output_dir = args.output_dir or str(run_dir("stage2", args.backbone))
     check_run_dir(args.output_dir, args.resume, args.overwrite)

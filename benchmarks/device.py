@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import Parser, Table, timed
+from benchmarks.measure import Parser, Table, timed, waited
 from benchmarks.random_walk import BETA, RADIUS, STEPS
 from benchmarks.random_walk import case as walk_case
 from benchmarks.train_throughput import matrix_rate
@@ -24,7 +24,7 @@ from src.seeds import attach
 from src.split_map import TOGETHER
 from utils.config import Machine, MapConfig, WalkConfig
 from utils.crf import PRESETS
-from utils.crf.mean_field import mean_field
+from utils.crf.mean_field import bilateral, mean_field
 from utils.crf.permutohedral import Lattice
 from utils.options import pick_device
 from utils.precision import settle_precision
@@ -48,16 +48,6 @@ def copy_rate(device: torch.device) -> float:
     source = torch.empty(2**28 if device.type == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / timed(waited(lambda: target.copy_(source), device), 10)[0]
-
-
-def waited(call: Callable, device: torch.device) -> Callable:
-    """A call that waits for the device, for a clock."""
-    def run() -> object:
-        result = call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return result
-    return run
 
 
 def cam_case(method: str, images: list[np.ndarray], machine: Machine) -> tuple[Callable, int]:
@@ -114,11 +104,8 @@ def crf(images: list[np.ndarray], device: torch.device, at_once: int) -> tuple[C
     rng = np.random.default_rng(0)
     scores = [rng.random((2, *image.shape[:2]), np.float32) + 0.1 for image in images]
     energies = [-np.log(one / one.sum(axis=0))[None] for one in scores]
-    y, x = np.mgrid[:images[0].shape[0], :images[0].shape[1]].astype(np.float32) / params.bilateral_sxy
-    total = 0
-    for image in images:
-        features = np.stack([x, y, *(image.transpose(2, 0, 1) / np.float32(params.bilateral_srgb))], axis=-1)
-        total += lattice_bytes(Lattice(torch.from_numpy(features.reshape(-1, 5)).to(device)))
+    shape = params.bilateral_sxy, params.bilateral_srgb, params.bilateral_compat
+    total = sum(lattice_bytes(bilateral([image], *shape, str(device)).lattice) for image in images)
 
     def run() -> None:
         for first in range(0, len(images), at_once):

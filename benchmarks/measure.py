@@ -8,11 +8,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from utils.config import Machine, TrainConfig
 from utils.errors import UserError
 from utils.options import FLAGS
 from utils.runtime import keep_memory, set_memory
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,6 +43,17 @@ def timed(call: Callable, repeats: int = 3, clock: Callable[[], float] = time.pe
         result = call()
         seconds.append(clock() - started)
     return min(seconds), result
+
+
+def waited(call: Callable, device: "torch.device") -> Callable:
+    """A call that waits for the device, for a clock."""
+    def run() -> object:
+        result = call()
+        if device.type == "cuda":
+            import torch
+            torch.cuda.synchronize(device)
+        return result
+    return run
 
 
 def extra_mb(call: Callable) -> float | None:
@@ -84,8 +99,6 @@ def training_step(network, loss: Callable, batch: dict, machine: Machine, totals
 
     network: in training mode.  loss, totals: as in `src.training.loop.Task`.
     """
-    import torch
-
     from src.training.loop import Run, Task, no_totals
     images = len(batch["image"])
     config = TrainConfig(images, epochs=1, lr=1e-3, head_lr=10.0, momentum=0.9, weight_decay=5e-4, crop_size=0,
@@ -95,9 +108,7 @@ def training_step(network, loss: Callable, batch: dict, machine: Machine, totals
     def step() -> None:
         run.step = 0  # each repeat is the first step, with its rates and its random numbers
         run.train_step(batch, (0, images, images))
-        if machine.device.type == "cuda":
-            torch.cuda.synchronize(machine.device)
-    return step
+    return waited(step, machine.device)
 
 
 class Table:

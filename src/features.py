@@ -29,14 +29,14 @@ class Kept:
 
     def offer(self, position: int, maps: Maps) -> None:
         """Keep the maps of an image if they are wanted and there is room."""
-        if position not in self.wanted or position in self.maps:
+        if position not in self.wanted:
             return
-        own = {name: maps[name] for name in self.names}
-        self.room -= sum(one.nbytes for one in own.values())
-        if self.room < 0:
-            self.wanted = ()  # no later image either: those that are read anew are then read in one go
+        size = sum(maps[name].nbytes for name in self.names)
+        if size > self.room:
+            self.wanted = set()  # no later image either: those that are read anew are then read in one go
             return
-        self.maps[position] = {name: one.cpu() for name, one in own.items()}
+        self.room -= size
+        self.maps[position] = {name: maps[name].cpu() for name in self.names}
 
 
 def feature_reader(classifier: Network, dataset: Dataset, max_size: int, machine: Machine, what: str,

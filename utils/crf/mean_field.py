@@ -25,7 +25,7 @@ def mean_field(images: Sequence[np.ndarray], energies: Sequence[np.ndarray], par
     """
     sizes = tuple(image.shape[:2] for image in images)
     kernels = [_gaussian(sizes, params.gaussian_sxy, params.gaussian_compat, device),
-               _bilateral(images, params.bilateral_sxy, params.bilateral_srgb, params.bilateral_compat, device)]
+               bilateral(images, params.bilateral_sxy, params.bilateral_srgb, params.bilateral_compat, device)]
     unary = _joined(energies).to(device)  # (P, C, N)
     constant = sum(kernel.total for kernel in kernels)  # (N,)
     belief = (-unary).softmax(dim=1)
@@ -37,7 +37,7 @@ def mean_field(images: Sequence[np.ndarray], energies: Sequence[np.ndarray], par
     return _separated(belief.cpu(), energies)
 
 
-class _Kernel:
+class Kernel:
     """A Gaussian kernel K over pixels as weight D^-1/2 K D^-1/2, D its row sums; `total` is its product with 1."""
 
     def __init__(self, features: torch.Tensor, groups: torch.Tensor | None, weight: float):
@@ -56,17 +56,18 @@ class _Kernel:
 
 
 @functools.lru_cache(maxsize=4)
-def _gaussian(sizes: tuple[tuple[int, int], ...], sxy: float, weight: float, device: str) -> _Kernel:
+def _gaussian(sizes: tuple[tuple[int, int], ...], sxy: float, weight: float, device: str) -> Kernel:
     # It does not depend on the colours: images of one size, of which a dataset has many, share it.
-    return _Kernel(_places(sizes, sxy, device), _groups(sizes, device), weight)
+    return Kernel(_places(sizes, sxy, device), _groups(sizes, device), weight)
 
 
-def _bilateral(images: Sequence[np.ndarray], sxy: float, srgb: float, weight: float, device: str) -> _Kernel:
+def bilateral(images: Sequence[np.ndarray], sxy: float, srgb: float, weight: float, device: str) -> Kernel:
+    """The appearance kernel over the pixels of all images, each of which sees those of its own image."""
     sizes = [image.shape[:2] for image in images]
     # Joined in numpy, into a new array: torch warns of arrays that cannot be written to, as those that view PIL images.
     colours = torch.from_numpy(np.concatenate([image.reshape(-1, 3) for image in images])).to(device)
     features = torch.cat([_places(sizes, sxy, device), colours / srgb], dim=1)  # (N, 5)
-    return _Kernel(features, _groups(sizes, device), weight)
+    return Kernel(features, _groups(sizes, device), weight)
 
 
 def _places(sizes, sxy, device):
