@@ -48,12 +48,14 @@ class BackbonePlug:
 
     build: called with output_stride, width and dilated, by name.  imagenet: returns the address of its ImageNet weights
     and their state dict, or raises UserError where they cannot be had; None: there are none to fetch.  hint: where else
-    they are to be had.  own_names: a published state dict of it -> the same under its own names.
+    they are to be had.  own_names: a published state dict of it -> the same under its own names.  widths: whether there
+    are others than 1.
     """
     build: Callable[..., nn.Module]
     imagenet: Callable[[], tuple[str, State]] | None = None
     hint: str = ""
     own_names: Callable[[State], State] = dict
+    widths: bool = False
 
 
 # torchvision and timm take seconds to import: only a network that is theirs imports them.
@@ -86,7 +88,7 @@ def _lite(name: str) -> BackbonePlug:
 
 BACKBONES: dict[str, BackbonePlug] = {
     **{name: _resnet(name) for name in ("resnet18", "resnet34", "resnet50", "resnet101")},
-    "resnet38": BackbonePlug(lambda output_stride, width, dilated: resnet38.ResNet38(width),
+    "resnet38": BackbonePlug(lambda output_stride, width, dilated: resnet38.ResNet38(width), widths=True,
                              hint=" (published as ilsvrc-cls_rna-a1_cls1000_ep-0001.params)"),
     **{name: _lite(name) for name in ("efficientnet_lite0", "efficientnet_lite2")},
 }
@@ -112,8 +114,13 @@ def build_backbone(name: str, output_stride: int = 16, width: float = 1.0, dilat
     name: see `find_backbone`.  output_stride: 8 or 16; resnet38 is published at 8 and stays there, and a network of
     timm that cannot be dilated keeps its own.  width: channel multiplier of resnet38; 1.0 is the published network.
     dilated: whether layers that lost their stride are dilated instead; IRN's are not.
+    Raises UserError for an unknown name, and for a width of a backbone that has but one.
     """
-    return find_backbone(name).build(output_stride=output_stride, width=width, dilated=dilated)
+    plug = find_backbone(name)
+    if width != 1 and not plug.widths:
+        raise UserError(f"{name} has no other width than its own, not {width:g} times it; pass --width 1, or "
+                        "--backbone resnet38")
+    return plug.build(output_stride=output_stride, width=width, dilated=dilated)
 
 
 def settle_depths(backbone: nn.Module, names: Iterable[str] = ()) -> tuple[str, ...]:

@@ -216,7 +216,7 @@ def test_descending_the_loss_tells_the_halves_apart():
 def test_features_lie_on_the_stride_8_grid_whatever_the_backbone(backbone, output_stride):
     for size in ((65, 97), (64, 50)):
         with torch.device("meta"):  # shapes alone
-            features = AffinityNet(build_backbone(backbone, output_stride, width=0.125))(torch.empty(1, 3, *size))
+            features = AffinityNet(build_backbone(backbone, output_stride))(torch.empty(1, 3, *size))
         expected = (1, 448, -(-size[0] // 8), -(-size[1] // 8))
         assert features.shape == expected, f"{tuple(features.shape)}, not {expected}"
 

@@ -117,12 +117,15 @@ def test_impossible_backbones_are_refused_with_the_choices():
         ResNet("resnet38")
     with pytest.raises(ValueError, match="output stride must be 8 or 16, not 32"):
         build_backbone("resnet18", 32)
+    for name in ("resnet18", "efficientnet_lite2", "convnext_atto"):
+        with pytest.raises(UserError, match=f"{name} has no other width than its own, not 0.5 times.*pass --width 1"):
+            build_backbone(name, width=0.5)
 
 
 def test_every_backbone_can_be_built_and_lists_all_its_parts_in_blocks():
     for name in BACKBONES:
         with SHAPES_ALONE:
-            backbone = build_backbone(name, width=0.125)
+            backbone = build_backbone(name)
         listed = {id(p) for block in backbone.blocks() for part in block for p in part.parameters()}
         missed = [key for key, p in backbone.named_parameters() if id(p) not in listed]
         assert not missed and len(backbone.stages) == 3, f"{name}: {missed[:3]} are in no block"
@@ -266,11 +269,11 @@ def test_an_unknown_policy_is_refused_with_the_choices():
 # --- folding -------------------------------------------------------------------------------------------------------
 
 # (network, normalisations that stay: those that follow a sum)
-NETWORKS = [({"kind": kind, "backbone": backbone, "classes": 3, "width": 0.125, "head": head}, stay)
-            for kind, backbone, head, stay in (
-                ("classifier", "resnet18", "seamv1", 0), ("affinity", "resnet50", "seamv1", 0),
-                ("classifier", "resnet38", "seamv1", 18), ("deeplab", "resnet38", "seamv1", 18),
-                ("deeplab", "resnet38", "mctformer", 18))]
+NETWORKS = [({"kind": kind, "backbone": backbone, "classes": 3, "width": width, "head": head}, stay)
+            for kind, backbone, width, head, stay in (
+                ("classifier", "resnet18", 1, "seamv1", 0), ("affinity", "resnet50", 1, "seamv1", 0),
+                ("classifier", "resnet38", 0.125, "seamv1", 18), ("deeplab", "resnet38", 0.125, "seamv1", 18),
+                ("deeplab", "resnet38", 0.125, "mctformer", 18))]
 
 
 def random_network(how):
@@ -347,5 +350,5 @@ def test_a_declared_pair_is_folded_once_whatever_its_names(norm):
     ("efficientnet_lite0", "fp32", "cpu", torch.channels_last)])
 def test_a_network_trains_in_the_memory_format_that_was_measured_to_be_fastest(name, precision, device, expected):
     with torch.device("meta"):
-        network = Network(build_backbone(name, width=0.125))
+        network = Network(build_backbone(name))
     assert training_format(network, torch.device(device), precision) == expected

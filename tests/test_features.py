@@ -30,7 +30,7 @@ def split(home):
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
-    return build_network(kind="classifier", backbone="resnet18", width=0.25, classes=3).eval()
+    return build_network(kind="classifier", backbone="resnet18", classes=3).eval()
 
 
 def passes(network, split, kept, second, skip_bad=False):
@@ -69,7 +69,7 @@ def test_what_is_kept_is_not_computed_again(network, split, monkeypatch):
 def test_the_second_pass_has_the_cams_of_the_new_head(network, split):
     kept, machine = Kept(NAMES, range(7)), Machine(torch.device("cpu"))
     list(feature_reader(network, split, 96, machine, "first", kept)(range(7)))
-    other = build_network(kind="classifier", backbone="resnet18", width=0.25, classes=3).eval()
+    other = build_network(kind="classifier", backbone="resnet18", classes=3).eval()
     other.backbone.load_state_dict(network.backbone.state_dict())
     found = list(feature_reader(other, split, 96, machine, "second", kept)(range(7)))
     assert same(found, list(feature_reader(other, split, 96, machine, "alone")(range(7)))), "not those of the new head"
@@ -90,7 +90,7 @@ def test_a_damaged_image_is_left_out_of_both_passes(network, tmp_path):
 
 def test_a_mixture_wants_the_images_that_its_fit_reads(network):
     torch.manual_seed(0)
-    own = build_network(kind="classifier", backbone="resnet18", width=0.25, classes=3).eval()
+    own = build_network(kind="classifier", backbone="resnet18", classes=3).eval()
     attach(own, {"name": "mixture", "depths": []})
     labels = np.eye(3, dtype=np.uint8)[np.arange(40) % 3]
     asked = []

@@ -281,6 +281,11 @@ def an_unknown_backbone_of_the_classifier(folder):
     return *STAGE_1, "--backbone", "vgg5"
 
 
+@refusal("resnet18 has no other width than its own", "pass --width 1")
+def a_width_of_a_backbone_that_has_but_one(folder):
+    return *STAGE_1, "--width", 0.5
+
+
 @refusal("unknown backbone 'vgg5'", "--backbone", "resnet38")
 def an_unknown_backbone_of_affinitynet(folder):
     return *STAGE_2, "--backbone", "vgg5"

@@ -69,7 +69,7 @@ FLAGS = {
     "backbone": Flag(str, "backbone of the network: resnet18, resnet34, resnet50, resnet101, resnet38, "
                          "efficientnet_lite0, efficientnet_lite2, or any model of timm that gives feature maps",
                      "resnet50"),
-    "width": Flag(positive, "channel multiplier of resnet38", 1.0),
+    "width": Flag(positive, "channel multiplier; only of resnet38", 1.0),
     "output_stride": Flag(int, "pixels per cell of the backbone's last feature map", 16, choices=(8, 16)),
     "dilated": Flag(bool, "dilate a ResNet's layers whose stride was taken out (IRN does not)", True),
     "pretrained": Flag(str, "initial weights of the backbone: imagenet, none, or a file (python -m models.weights FILE "
