@@ -7,7 +7,7 @@ about 500x375. Ours: step 1's own loop, the files written. The published way (IR
 scale at a time with its horizontal flip, at the photo's own size, normalisation unfolded, the usual order of memory and
 setting of the allocator, maps of all classes resized to the photo and the label's saved as float32. The cases: the
 photos as they are (ours caps them at --max_size); those no larger, where both see the same pixels and the maps are
-compared on our grid; and the largest photo's extra memory.
+compared on our grid (both in bf16 too, where the CPU has units for it); and the largest photo's extra memory.
 """
 import tempfile
 from pathlib import Path
@@ -28,6 +28,7 @@ from utils.files import load_cam
 from utils.grids import Size
 from utils.loader import Views
 from utils.options import FLAGS
+from utils.precision import cpu_has_bf16
 from utils.runtime import run_main
 
 SCALES, STRIDE = (1.0, 0.5, 1.5, 2.0), 16
@@ -103,7 +104,7 @@ def main() -> None:
         record = pack(build_network(**how), seed={"name": "cam"}, **how)
         payload = {"networks": {"classifier": record}, "classes": dataset.classes}
         maps, table, cpu = MapConfig(SCALES, labels="gt", max_size=args.max_size), Table(), torch.device("cpu")
-        for precision in ("fp32", "bf16"):
+        for precision in ("fp32", "bf16") if cpu_has_bf16() else ("fp32",):
             machine = Machine(cpu, precision, FLAGS["workers"].default)
             measure(table, f"cam_{precision}_photos", payload, dataset, maps, machine)
             if len(small):

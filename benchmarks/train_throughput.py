@@ -6,7 +6,7 @@
 Stages: cam, ResNet-50 at 512 (IRN); affinity, AffinityNet on ResNet38 at 448 (PSA); deeplab, DeepLabV1-ResNet38 at 448.
 Variants: plain, the loop as published code has it (float32, tensors in PyTorch's default order, memory from glibc's
 defaults, momentum SGD, the loss read at every step); fp32, bf16 and compile (bf16 and torch.compile), our training step
-with channels-last tensors, whatever the stage's loss and layers are.  Images are random and lie ready, so that reading
+with channels-last tensors, whatever the stage's loss and layers are.  Those of bf16 need units for it.  Images are random and lie ready, so that reading
 them does not count: benchmarks.loader says how fast that is.  Each runs in a process of its own; the least of the
 repeats counts, after one to warm up.
 
@@ -29,6 +29,7 @@ from utils.errors import UserError
 from utils.grids import snapped_size
 from utils.log import environment, memory_gb
 from utils.options import pick_device
+from utils.precision import has_bf16
 from utils.runtime import keep_memory, wait_quietly
 
 VARIANTS = ("plain", "fp32", "bf16", "compile")
@@ -231,7 +232,11 @@ def main() -> int:
     device = pick_device(args.device)
     args.on_gpu = device.type == "cuda"
     args.repeats = args.repeats or (10 if args.on_gpu else 2)
-    rates = {precision: matrix_rate(device, precision) for precision in ("fp32", "bf16")}
+    precisions = ("fp32", "bf16") if has_bf16(device) else ("fp32",)
+    if "bf16" not in precisions:
+        args.variants = [variant for variant in args.variants if variant in ("plain", "fp32")]
+        print(f"{device} has no bf16 units: variants {' '.join(args.variants) or 'none'} alone")
+    rates = {precision: matrix_rate(device, precision) for precision in precisions}
     facts = environment(device)
     print(f"{facts['device_name']}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix products: "
           + ", ".join(f"{precision} {rate / 1e12:.2f} TFLOP/s" for precision, rate in rates.items()))
