@@ -6,9 +6,9 @@
 Stages: cam, ResNet-50 at 512 (IRN); affinity, AffinityNet on ResNet38 at 448 (PSA); deeplab, DeepLabV1-ResNet38 at 448.
 Variants: plain, the loop as published code has it (float32, tensors in PyTorch's default order, memory from glibc's
 defaults, momentum SGD, the loss read at every step); fp32, bf16 and compile (bf16 and torch.compile), our training step
-with channels-last tensors, whatever the stage's loss and layers are.  Those of bf16 need units for it.  Images are random and lie ready, so that reading
-them does not count: benchmarks.loader says how fast that is.  Each runs in a process of its own; the least of the
-repeats counts, after one to warm up.
+with channels-last tensors, whatever the stage's loss and layers are; the last two only where the processor has units
+for bf16.  Images are random and lie ready, so that reading them does not count: benchmarks.loader says how fast that
+is.  Each runs in a process of its own; the least of the repeats counts, after one to warm up.
 
 Utilisation is the ratio of the step's rate to the device's rate of matrix products: floating-point operations of the
 network's products, counted by torch.utils.flop_counter (forward and backward; recomputation does not count), against a
