@@ -41,7 +41,7 @@ def blobs(rng: np.random.Generator, size: tuple[int, int], classes: int, border:
 
 def make(root: Path, count: int, size: tuple[int, int], classes: int) -> None:
     """A dataset of --dataset folder with ground truth, and predictions in <root>/predicted."""
-    rng = np.random.default_rng(0)
+    rng, names, shown = np.random.default_rng(0), [f"class{k:02d}" for k in range(classes)], []
     for folder in ("images", "masks", "predicted"):
         (root / folder).mkdir()
     for number in range(count):
@@ -52,10 +52,13 @@ def make(root: Path, count: int, size: tuple[int, int], classes: int) -> None:
             elif folder == "images":
                 Image.new("RGB", size[::-1], "grey").save(path)
             else:
-                save_mask(path, blobs(rng, size, classes, folder == "masks"))
-    names = [f"class{k:02d}" for k in range(classes)]
+                mask = blobs(rng, size, classes, folder == "masks")
+                save_mask(path, mask)
+                if folder == "masks":
+                    shown.append([names[k - 1] for k in np.unique(mask) if 0 < k < IGNORE])
     (root / "classes.txt").write_text("\n".join(names) + "\n")
-    (root / "labels.csv").write_text("".join(f"{number:05d},{names[number % classes]}\n" for number in range(count)))
+    (root / "labels.csv").write_text("".join(f"{number:05d},{';'.join(shown[number % DISTINCT])}\n"
+                                             for number in range(count)))
 
 
 def plain_count(prediction: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:

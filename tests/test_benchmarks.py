@@ -15,7 +15,7 @@ from benchmarks.device import copy_rate, crf, operations, photos, walk
 from benchmarks.measure import Table
 from benchmarks.performance import BENCHMARKS, document
 from benchmarks.scale import CLASSES, MACHINE, SIZE, STEPS, open_drawn
-from benchmarks.scoring import counts_of, plain_sweep, score_maps
+from benchmarks.scoring import DISTINCT, counts_of, make, plain_sweep, score_maps
 from experiments.avc_ablation import square_truth
 from models.affinitynet import affinity_loss
 from models.deeplab import segmentation_loss
@@ -132,3 +132,10 @@ def drawn(folder, get):
 def test_a_script_takes_the_drawn_photos(drawn):
     manifest = read_json(drawn / "data/cams/manifest.json")
     assert manifest["options"]["dataset"] == "drawn" and len(list((drawn / "data/cams").glob("*.npz"))) == 6, manifest
+
+
+def test_step_4_scores_the_masks_that_scoring_makes(tmp_path):
+    make(tmp_path, DISTINCT + 2, (24, 32), 5)
+    data = ("--dataset", "folder", "--data_root", tmp_path)
+    run(tmp_path, "run_eval.py", *data, "--mask_dir", "predicted", "--output_dir", "eval", *MACHINE)
+    assert read_json(tmp_path / "eval/scores.json")["images"] == DISTINCT + 2
