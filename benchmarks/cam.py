@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.measure import Parser, Table, extra_mb, timed, usual_memory
+from benchmarks.measure import Parser, Table, extra_mb, precisions, timed, usual_memory
 from data.make_toy import make_toy
 from models.weights import build_network, pack, unpack
 from src.inference import cam_folder, make_cams
@@ -28,7 +28,6 @@ from utils.files import load_cam
 from utils.grids import Size
 from utils.loader import Views
 from utils.options import FLAGS
-from utils.precision import cpu_has_bf16
 from utils.runtime import run_main
 
 SCALES, STRIDE = (1.0, 0.5, 1.5, 2.0), 16
@@ -104,7 +103,7 @@ def main() -> None:
         record = pack(build_network(**how), seed={"name": "cam"}, **how)
         payload = {"networks": {"classifier": record}, "classes": dataset.classes}
         maps, table, cpu = MapConfig(SCALES, labels="gt", max_size=args.max_size), Table(), torch.device("cpu")
-        for precision in ("fp32", "bf16") if cpu_has_bf16() else ("fp32",):
+        for precision in precisions(cpu):
             machine = Machine(cpu, precision, FLAGS["workers"].default)
             measure(table, f"cam_{precision}_photos", payload, dataset, maps, machine)
             if len(small):

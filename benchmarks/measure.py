@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from utils.config import Machine, TrainConfig
 from utils.errors import UserError
 from utils.options import FLAGS
+from utils.precision import has_bf16
 from utils.runtime import keep_memory, set_memory
 
 if TYPE_CHECKING:
@@ -54,6 +55,11 @@ def waited(call: Callable, device: "torch.device") -> Callable:
             torch.cuda.synchronize(device)
         return result
     return run
+
+
+def precisions(device: "torch.device") -> tuple[str, ...]:
+    """Those that are worth measuring on a device: emulated, bf16 takes ten times as long as fp32."""
+    return ("fp32", "bf16") if has_bf16(device) else ("fp32",)
 
 
 def extra_mb(call: Callable) -> float | None:

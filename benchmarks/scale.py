@@ -33,10 +33,11 @@ from utils.runtime import run_main
 from utils.transforms import IMAGENET
 
 NAME, CLASSES, SIZE = "drawn", 80, (24, 32)
+BACKBONE = "few_layers"
 MACHINE = ("--device", "cpu", "--precision", "fp32", "--workers", "2")
 CRF = ("--crf_backend", "pydensecrf")
 STEPS = {
-    "step 1": ("run_train.py", "--stage", "1", "--dataset", NAME, "--data_root", ".", "--backbone", "few_layers",
+    "step 1": ("run_train.py", "--stage", "1", "--dataset", NAME, "--data_root", ".", "--backbone", BACKBONE,
                "--pretrained", "none", "--method", "cam", "--head_only", "--scales", "1"),
     "step 2": ("run_train.py", "--stage", "2", "--epochs", "1", "--batch_size", "32", "--crop_size", "33", *CRF),
     "step 3": ("run_inference.py", "--walk_steps", "8", *CRF),
@@ -98,11 +99,11 @@ def truth(image_id: str, _: np.ndarray | None) -> tuple[str, np.ndarray]:
 
 def open_drawn(root: Path, split: str | None, difficult: bool) -> Dataset:
     """A split is as many images as its name says."""
-    ids = [f"{number:012d}" for number in range(int(split or 100))]
+    split = split or "100"
+    ids = [f"{number:012d}" for number in range(int(split))]
     labels = np.zeros((len(ids), CLASSES), np.uint8)
     for row, image_id in zip(labels, ids):
         row[drawing(image_id)[1]] = 1
-    split = split or "100"
     return Drawn(NAME, root, split, (split,), [f"class{k}" for k in range(CLASSES)], ids, labels, root,
                  [f"{image_id}.jpg" for image_id in ids], truth)
 
@@ -147,7 +148,7 @@ def main() -> None:
 
 def script(argv: list[str]) -> None:
     """Run a script with the dataset and the backbone of this file."""
-    BACKBONES["few_layers"] = BackbonePlug(FewLayers)
+    BACKBONES[BACKBONE] = BackbonePlug(FewLayers)
     DATASETS[NAME] = Layout(open_drawn, ".", defaults=by_step(max(SIZE)))
     sys.argv = argv
     run_main(runpy.run_path(str(ROOT / argv[0]))["main"])

@@ -41,7 +41,7 @@ def blobs(rng: np.random.Generator, size: tuple[int, int], classes: int, border:
 
 def make(root: Path, count: int, size: tuple[int, int], classes: int) -> None:
     """A dataset of --dataset folder with ground truth, and predictions in <root>/predicted."""
-    rng, names, shown = np.random.default_rng(0), [f"class{k:02d}" for k in range(classes)], []
+    rng = np.random.default_rng(0)
     for folder in ("images", "masks", "predicted"):
         (root / folder).mkdir()
     for number in range(count):
@@ -52,10 +52,10 @@ def make(root: Path, count: int, size: tuple[int, int], classes: int) -> None:
             elif folder == "images":
                 Image.new("RGB", size[::-1], "grey").save(path)
             else:
-                mask = blobs(rng, size, classes, folder == "masks")
-                save_mask(path, mask)
-                if folder == "masks":
-                    shown.append([names[k - 1] for k in np.unique(mask) if 0 < k < IGNORE])
+                save_mask(path, blobs(rng, size, classes, folder == "masks"))
+    names = [f"class{k:02d}" for k in range(classes)]
+    shown = [[names[k - 1] for k in np.unique(read_mask(root / "masks" / f"{number:05d}.png")) if 0 < k < IGNORE]
+             for number in range(min(count, DISTINCT))]
     (root / "classes.txt").write_text("\n".join(names) + "\n")
     (root / "labels.csv").write_text("".join(f"{number:05d},{';'.join(shown[number % DISTINCT])}\n"
                                              for number in range(count)))

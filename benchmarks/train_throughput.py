@@ -23,13 +23,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.measure import Parser, Table, in_process, timed, training_step
+from benchmarks.measure import Parser, Table, in_process, precisions, timed, training_step
 from utils.config import Machine
 from utils.errors import UserError
 from utils.grids import snapped_size
 from utils.log import environment, memory_gb
 from utils.options import pick_device
-from utils.precision import has_bf16
 from utils.runtime import keep_memory, wait_quietly
 
 VARIANTS = ("plain", "fp32", "bf16", "compile")
@@ -232,11 +231,11 @@ def main() -> int:
     device = pick_device(args.device)
     args.on_gpu = device.type == "cuda"
     args.repeats = args.repeats or (10 if args.on_gpu else 2)
-    precisions = ("fp32", "bf16") if has_bf16(device) else ("fp32",)
-    if "bf16" not in precisions:
+    measured = precisions(device)
+    if "bf16" not in measured:
         args.variants = [variant for variant in args.variants if variant in ("plain", "fp32")]
         print(f"{device} has no bf16 units: variants {' '.join(args.variants) or 'none'} alone")
-    rates = {precision: matrix_rate(device, precision) for precision in precisions}
+    rates = {precision: matrix_rate(device, precision) for precision in measured}
     facts = environment(device)
     print(f"{facts['device_name']}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix products: "
           + ", ".join(f"{precision} {rate / 1e12:.2f} TFLOP/s" for precision, rate in rates.items()))
