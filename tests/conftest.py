@@ -1,4 +1,4 @@
-"""Fixtures that several files share: chains of script runs, made in the background, and the GPU marker."""
+"""Fixtures that several files share, chains of script runs made in the background, and what two workers share."""
 import functools
 import tempfile
 import threading
@@ -18,9 +18,17 @@ from data.make_toy import make_toy
 AT_A_TIME = 2  # each run keeps one core busy, half of the time with importing torch
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Skip tests marked `gpu` where there is none; put those that wait for chains last, while the chains are made."""
-    items.sort(key=lambda item: any(name in CHAINS for name in item.fixturenames))
+    """Skip tests marked `gpu` where there is none; group tests for the workers of pytest-xdist.
+
+    One worker begins with the tests of all chains, which are made in processes of their own; the others take the other
+    tests, file by file.
+    """
+    items.sort(key=lambda item: not CHAINS.keys() & set(item.fixturenames))
+    for item in items:
+        chained = CHAINS.keys() & set(item.fixturenames)
+        item.add_marker(pytest.mark.xdist_group("chains" if chained else item.path.stem))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not torch.cuda.is_available():
         for item in marked:
@@ -49,14 +57,13 @@ class NoDraws(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(scope="session")
 def background(request):
-    """Function: name of a chain -> its result.  The chains that the collected tests use are all started at once."""
+    """Function: name of a chain -> its result.  The chains that the collected tests use are started together."""
     named = {name for item in request.session.items for name in item.fixturenames}
-    wanted = {name for name in CHAINS if name in named}
-    wanted |= {"pipeline"} if wanted else set()  # others start from it
+    wanted = {name for name in CHAINS if name in named} | {"pipeline"}  # others start from it
     with tempfile.TemporaryDirectory(prefix="wsss-tests-", ignore_cleanup_errors=True) as home:
-        pool, futures, slots = ThreadPoolExecutor(max(1, len(wanted))), {}, threading.Semaphore(AT_A_TIME)
+        pool, futures, slots = ThreadPoolExecutor(len(wanted)), {}, threading.Semaphore(AT_A_TIME)
         submitted, over = threading.Event(), threading.Event()
 
         def build(name):
