@@ -44,7 +44,8 @@ def test_the_head_is_the_optimum_of_its_loss():
 def test_the_scale_of_a_feature_changes_nothing():
     features, labels = data()
     scaled = features * torch.tensor([1000.0, 1, 1, 1, 1, 0.01])
-    (weight, bias), (other, other_bias) = fit_head(features, labels), fit_head(scaled, labels)
+    (weight, bias), (other, other_bias) = (
+        fit_head(inputs.clone(), labels) for inputs in (features, scaled))
     logits, others = features @ weight.T + bias, scaled @ other.T + other_bias
     gap = (logits - others).abs().max() / logits.abs().max()
     assert gap < 1e-2, f"logits differ by {gap:.1e} of their maximum"
@@ -52,7 +53,7 @@ def test_the_scale_of_a_feature_changes_nothing():
 
 def test_a_class_that_no_image_shows_is_never_predicted():
     features, labels = data()
-    weight, bias = fit_head(features, labels * torch.tensor([1.0, 1, 0]))
+    weight, bias = fit_head(features.clone(), labels * torch.tensor([1.0, 1, 0]))
     logits = features @ weight.T + bias
     assert torch.isfinite(weight).all() and logits[:, 2].max() < 0, f"logits up to {logits[:, 2].max():.2f}"
 

@@ -9,11 +9,13 @@ STEPS = 100     # of L-BFGS, at most
 def fit_head(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights (K, D) and biases (K,) of logits of the features.
 
-    features: (N, D) float32, pooled over each image.  labels: (N, K) in {0, 1}.  Features are standardised for the fit,
-    so that the penalty means the same for every backbone; what is returned takes them as they are.
+    features: (N, D) float32, pooled over each image; overwritten, as those of COCO fill half a gigabyte.
+    labels: (N, K) in {0, 1}.
+    Features are standardised for the fit, so that the penalty means the same for every backbone; what is returned takes
+    them as they were.
     """
     mean, deviation = features.mean(dim=0), features.std(dim=0, unbiased=False) + 1e-6
-    inputs, labels = (features - mean) / deviation, labels.float()
+    inputs, labels = features.sub_(mean).div_(deviation), labels.float()
     weight = torch.zeros(labels.shape[1], inputs.shape[1], requires_grad=True)
     bias = torch.zeros(labels.shape[1], requires_grad=True)
     optimiser = torch.optim.LBFGS([weight, bias], max_iter=STEPS, line_search_fn="strong_wolfe")
