@@ -43,12 +43,12 @@ def main(argv: list[str] | None = None) -> int:
         check_data(dataset, manifest, args.mask_dir)
         dataset = made_of(dataset, args.mask_dir)
     read = segment.mask_reader(dataset, args.mask_dir)
-    machine = start.machine_of(args)
+    machine, masks = start.machine_of(args), segment.mask_hash(dataset, args.mask_dir)
     if args.resume:
-        resumed(Path(args.output_dir) / "checkpoint.pth.tar", "deeplab", vars(args))
+        resumed(Path(args.output_dir) / "checkpoint.pth.tar", "deeplab", vars(args), masks)
     if start.begin("Step 5", args, machine, dataset):
         plan = segment.DeepLabPlan(BackboneConfig.of(vars(args)), args.pretrained, TrainConfig.of(vars(args)),
-                                   args.head, read)
+                                   args.head, read, masks)
         best = segment.run_training(dataset, plan, machine, Path(args.output_dir), vars(args))
         print(f"Wrote {best}")
     return 0

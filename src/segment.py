@@ -23,7 +23,7 @@ from utils import distributed
 from utils.config import BackboneConfig, Machine, TrainConfig
 from utils.datasets.base import Dataset
 from utils.errors import UserError
-from utils.files import save_scores
+from utils.files import save_scores, sizes_hash
 from utils.grids import resize_labels
 from utils.labels import IGNORE
 from utils.loader import TrainingSamples, Views, WholeImages
@@ -54,6 +54,11 @@ def mask_reader(dataset: Dataset, mask_dir: str) -> Callable[[Dataset, int], np.
     return read
 
 
+def mask_hash(dataset: Dataset, mask_dir: str) -> str:
+    """Tells the training masks of a folder from others; "gt" for ground truth."""
+    return "gt" if mask_dir == "gt" else sizes_hash(mask_path(Path(mask_dir), image_id) for image_id in dataset.ids)
+
+
 def read_truth(dataset: Dataset, index: int) -> np.ndarray:
     """The ground truth of an image, uint8 (H, W)."""
     return dataset.mask(index)
@@ -66,12 +71,16 @@ def read_pseudo_mask(dataset: Dataset, index: int, folder: Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class DeepLabPlan:
-    """How DeepLab is trained: the backbone and its initial weights, the head, and how masks are read."""
+    """How DeepLab is trained: the backbone and its initial weights, the head, and how masks are read.
+
+    masks: from `mask_hash`.
+    """
     backbone: BackboneConfig
     pretrained: str
     training: TrainConfig
     head: str
     read: Callable[[Dataset, int], np.ndarray]
+    masks: str
 
 
 def run_training(dataset: Dataset, plan: DeepLabPlan, machine: Machine, out: Path, options: Mapping[str, object]
@@ -89,7 +98,7 @@ def run_training(dataset: Dataset, plan: DeepLabPlan, machine: Machine, out: Pat
         "deeplab", network, _loss, TrainingSamples(learn, augmentation, config.seed, plan.read, machine.skip_bad),
         partial(_miou, held=held, read=plan.read, max_size=config.max_size, machine=machine) if len(held) else None,
         lambda: {"classes": list(dataset.classes), "networks": {"deeplab": pack(network, **how)}},
-        lambda batch: labelled_pixels(batch["target"]))
+        lambda batch: labelled_pixels(batch["target"]), targets=plan.masks)
     return train(task, config, machine, out, options)
 
 

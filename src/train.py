@@ -27,7 +27,7 @@ from utils.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
 from utils.config import BackboneConfig, Config, Machine, MapConfig, TrainConfig, WalkConfig
 from utils.datasets.base import Dataset
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import sizes_hash, write_json
 from utils.grids import snapped_size
 from utils.labels import read_mask
 from utils.loader import TrainingSamples, Views, WholeImages, whole_image_loader
@@ -183,12 +183,14 @@ def _fit_head(network: Network, dataset: Dataset, contents: Callable[[], dict[st
     path = out / "model_best.pth.tar"
     if distributed.is_main():
         network.eval().to(machine.device, memory_format=torch.channels_last)
-        pooled, labels = [], np.zeros((len(dataset), len(dataset.classes)), np.float32)
+        labels = np.zeros((len(dataset), len(dataset.classes)), np.float32)
+        pooled = torch.empty(len(dataset), network.head.in_channels)
+        seen = 0
         read = feature_reader(network, dataset, max_size, machine, "features", kept)
-        for features, _, keys in read(range(len(dataset))):
-            labels[len(pooled), keys] = 1
-            pooled.append(features[network.last].float().mean(dim=(2, 3))[0].cpu())
-        weight, bias = fit_head(torch.stack(pooled), torch.from_numpy(labels[:len(pooled)]))
+        for seen, (features, _, keys) in enumerate(read(range(len(dataset))), start=1):
+            labels[seen - 1, keys] = 1
+            pooled[seen - 1] = features[network.last].float().mean(dim=(2, 3))[0]
+        weight, bias = fit_head(pooled[:seen], torch.from_numpy(labels[:seen]))
         with torch.no_grad():
             network.head.weight.copy_(weight[:, :, None, None])
             network.head.bias.copy_(bias)
@@ -297,7 +299,8 @@ def run_stage2(dataset: Dataset, classifier: dict, plan: AffinityPlan, machine: 
         if len(held) else None,
         lambda: {"classes": list(dataset.classes), "networks": {"affinity": pack(network, **how),
                                                                 "classifier": classifier}},
-        lambda batch: pair_counts(_on_grid(batch["target"]), offsets))
+        lambda batch: pair_counts(_on_grid(batch["target"]), offsets),
+        targets=sizes_hash(folder.path / f"{image_id}.png" for image_id in dataset.ids))
     train(task, config, machine, out, options)
 
 

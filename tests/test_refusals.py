@@ -370,6 +370,20 @@ def a_resumption_of_deeplab_with_another_option(folder):
     return "train_deeplab.py", *SMALL, "--resume", "--epochs", 2
 
 
+@refusal("--resume: output/deeplab_resnet18/checkpoint.pth.tar was made from other masks", "leave --resume out")
+def a_resumption_of_deeplab_on_ground_truth_instead_of_masks(folder):
+    return "train_deeplab.py", *SMALL, "--crop_size", 65, "--resume", "--mask_dir", "gt"
+
+
+@refusal("--resume: output/deeplab_resnet18/checkpoint.pth.tar was made from other masks", "put them back")
+def a_resumption_of_deeplab_after_a_mask_was_mended(folder):
+    path = min((folder / "output/inference").glob("*.png"))
+    mask = np.array(Image.open(path))
+    mask[::2, ::2] = 1
+    mask_picture(path, mask)
+    return "train_deeplab.py", *SMALL, "--resume"
+
+
 @refusal("output/stage1_resnet18/checkpoint.pth.tar is there already", "--resume", "--overwrite", "--output_dir")
 def a_classifier_over_a_finished_one(folder):
     return "run_train.py", "--stage", 1, *SMALL, "--crop_size", 65, "--cam_dir", "new_cams"

@@ -639,6 +639,13 @@ def test_other_data_of_as_many_images_is_refused_on_resume(tmp_path, whole, chan
         run(tmp_path, task, resume=True)
 
 
+def test_a_run_resumes_with_the_label_maps_it_was_made_from_and_no_others(tmp_path):
+    run(tmp_path, tiny_task(targets="masks"))
+    with pytest.raises(UserError, match="--resume: .*was made from other masks or affinity labels than those that"):
+        run(tmp_path, tiny_task(targets="others"), resume=True)
+    run(tmp_path, tiny_task(targets="masks"), resume=True)
+
+
 def test_options_that_change_nothing_may_differ_on_resume(tmp_path, whole):
     save_checkpoint(tmp_path / "checkpoint.pth.tar", load_checkpoint(whole[0] / "checkpoint.pth.tar"))
     others = {"output_dir": "elsewhere", "workers": 1, "data_root": "moved", "overwrite": True}

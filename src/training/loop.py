@@ -58,6 +58,7 @@ class Task:
     totals: function (batch without its images) -> tensor (n,).
     sparse: whether a step may leave some parameters without a gradient.
     keeps_last: whether the last epoch counts as the best, whatever its validation score.
+    targets: tells label maps that `samples` reads from others; a run is resumed with the same ones only.
     """
     step: str
     network: torch.nn.Module
@@ -68,6 +69,7 @@ class Task:
     totals: Callable[[Batch], torch.Tensor] = no_totals
     sparse: bool = False
     keeps_last: bool = False
+    targets: str = ""
 
 
 def train(task: Task, config: TrainConfig, machine: Machine, run_dir: Path, options: Mapping[str, object]) -> Path:

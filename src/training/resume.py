@@ -41,7 +41,7 @@ def state_of(run: Run, log_size: int) -> dict[str, object]:
     return {"optimizer": run.optimiser.state_dict(), "step_in_epoch": run.step,
             "steps_per_epoch": run.steps_per_epoch, "sums": run.sums, "best": run.best, "failures": run.failures,
             "processes": distributed.world(), "log_size": log_size, "generators": generators(),
-            "data": data_hash(run.task.samples.dataset)}
+            "data": data_hash(run.task.samples.dataset), "targets": run.task.targets}
 
 
 def data_hash(dataset: Dataset) -> str:
@@ -52,7 +52,7 @@ def data_hash(dataset: Dataset) -> str:
 
 def restore(run: Run, path: Path) -> int:
     """Take up the state of a checkpoint; UserError if it was made with other options.  Returns the log's size then."""
-    payload = resumed(path, run.task.step, run.options)
+    payload = resumed(path, run.task.step, run.options, run.task.targets)
     steps = payload.get("steps_per_epoch", run.steps_per_epoch)
     if steps != run.steps_per_epoch:
         raise UserError(f"--resume: {path} was made with {steps} steps an epoch, and now there are "
@@ -83,8 +83,12 @@ def restore(run: Run, path: Path) -> int:
     return payload.get("log_size", sys.maxsize)
 
 
-def resumed(path: Path, step: str, options: Mapping[str, object]) -> dict[str, object]:
-    """The checkpoint that a run of a step goes on from; UserError if there is none, or one made with other options."""
+def resumed(path: Path, step: str, options: Mapping[str, object], targets: str | None = None) -> dict[str, object]:
+    """The checkpoint that a run of a step goes on from.
+
+    targets: see `Task`; None where they are not known yet.
+    UserError if there is none, or one made with other options or targets.
+    """
     payload = load_checkpoint(path, steps=(step,))
     before = payload["options"]
     changed = [f"{name} was {_told(before[name])}, is {_told(value)}" for name, value in options.items()
@@ -92,6 +96,9 @@ def resumed(path: Path, step: str, options: Mapping[str, object]) -> dict[str, o
     if changed:
         raise UserError(f"--resume: {path} was made with other options ({'; '.join(changed)}); pass the same ones, "
                         "or leave --resume out to start anew")
+    if targets is not None and payload.get("targets", targets) != targets:
+        raise UserError(f"--resume: {path} was made from other masks or affinity labels than those that are there now; "
+                        "put them back, or leave --resume out to start anew")
     return payload
 
 
