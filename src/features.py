@@ -39,36 +39,49 @@ class Kept:
         self.maps[position] = {name: maps[name].cpu() for name in self.names}
 
 
-def feature_reader(classifier: Network, dataset: Dataset, max_size: int, machine: Machine, what: str,
-                   kept: Kept | None = None) -> Reader:
-    """A `Reader` of a split: each image whole, at one scale.  what: for the progress line.
+class Features:
+    """Feature maps of a split's images, each whole and at one scale, by the frozen backbone of a classifier.
 
     kept: takes maps of the images that the network sees, and gives those that it has.
     """
-    classifier, kept = for_inference(copy.deepcopy(classifier.eval()), machine.device), kept or Kept()
-    backbone = classifier.backbone
 
-    def seen(positions: Sequence[int]) -> Iterator[tuple[int, Maps]]:
-        if not positions:
-            return
-        views = Views((1.0,), max_size, backbone.stride, backbone.normalise)
-        images = WholeImages(dataset.subset(positions), views, skip_bad=machine.skip_bad)
-        for item in progress(whole_image_loader(images, machine), what, len(positions)):
-            view = item["views"][0][None].to(machine.device, memory_format=torch.channels_last)
-            with machine.autocast():
-                maps = backbone(view)
-            kept.offer(positions[item["index"]], maps)
-            yield positions[item["index"]], maps
-
-    def known(positions: Sequence[int]) -> Iterator[tuple[int, Maps]]:
-        for position in positions:
-            yield position, {name: one.to(machine.device) for name, one in kept.maps[position].items()}
+    def __init__(self, classifier: Network, dataset: Dataset, max_size: int, machine: Machine,
+                 kept: Kept | None = None):
+        self.classifier = for_inference(copy.deepcopy(classifier.eval()), machine.device)
+        self.dataset, self.machine, self.kept = dataset, machine, kept or Kept()
+        backbone = self.classifier.backbone
+        self.views = Views((1.0,), max_size, backbone.stride, backbone.normalise)
 
     @torch.no_grad()
-    def read(positions: Sequence[int]) -> Iterator[tuple[Maps, torch.Tensor, np.ndarray]]:
-        streams = [known([i for i in positions if i in kept.maps]), seen([i for i in positions if i not in kept.maps])]
-        for position, maps in heapq.merge(*streams, key=lambda pair: pair[0]):
-            with machine.autocast():
-                cam = classifier.cam(maps)
-            yield maps, cam, np.flatnonzero(dataset.labels[position])
-    return read
+    def maps(self, positions: Sequence[int], what: str) -> Iterator[tuple[int, Maps]]:
+        """(position in the split, maps (1, D, h, w)) of the images at some ascending positions.
+
+        what: for the progress line.
+        """
+        known, unknown = ([i for i in positions if (i in self.kept.maps) == there] for there in (True, False))
+        yield from heapq.merge(self._known(known), self._seen(unknown, what), key=lambda pair: pair[0])
+
+    def reader(self, what: str) -> Reader:
+        """A `Reader` of the split.  what: for the progress line."""
+        @torch.no_grad()
+        def read(positions: Sequence[int]) -> Iterator[tuple[Maps, torch.Tensor, np.ndarray]]:
+            for position, maps in self.maps(positions, what):
+                with self.machine.autocast():
+                    cam = self.classifier.cam(maps)
+                yield maps, cam, np.flatnonzero(self.dataset.labels[position])
+        return read
+
+    def _known(self, positions: Sequence[int]) -> Iterator[tuple[int, Maps]]:
+        for position in positions:
+            yield position, {name: one.to(self.machine.device) for name, one in self.kept.maps[position].items()}
+
+    def _seen(self, positions: Sequence[int], what: str) -> Iterator[tuple[int, Maps]]:
+        if not positions:
+            return
+        images = WholeImages(self.dataset.subset(positions), self.views, skip_bad=self.machine.skip_bad)
+        for item in progress(whole_image_loader(images, self.machine), what, len(positions)):
+            view = item["views"][0][None].to(self.machine.device, memory_format=torch.channels_last)
+            with self.machine.autocast():
+                maps = self.classifier.backbone(view)
+            self.kept.offer(positions[item["index"]], maps)
+            yield positions[item["index"]], maps

@@ -12,7 +12,7 @@ from models.affinitynet import KINDS, affinity_loss, pair_counts
 from models.backbone import Network, build_backbone
 from models.classifier import Classifier
 from models.weights import build_network, load_pretrained, pack, unpack
-from src.features import Kept, feature_reader
+from src.features import Features, Kept
 from src.inference import cam_folder, crf_identity, make_cams
 from src.masks import LabelConfig, write_label
 from src.pipeline import WALK_STRIDE, Pipeline
@@ -141,14 +141,15 @@ def run_stage1(dataset: Dataset, plan: ClassifierPlan, machine: Machine, out: Pa
 
     def contents() -> dict[str, object]:
         return {"classes": list(dataset.classes), "networks": {"classifier": pack(network, **how)}}
-    wanted = network.seed.wanted(dataset.labels, config.seed) if plan.head_only else ()
+    # Rank 0 alone fits the seed, whose samples are one stream of random numbers: the others keep nothing for it.
+    wanted = network.seed.wanted(dataset.labels, config.seed) if plan.head_only and distributed.is_main() else ()
     kept = Kept((*network.seed.depths, network.last), wanted)
     if plan.head_only:
         best = _fit_head(network, dataset, contents, config.max_size, machine, out, options, kept)
     else:
         best = _train_classifier(network, dataset, contents, plan, machine, out, options)
     if plan.seed.closed_form:
-        if distributed.is_main():  # its samples are one stream of random numbers over all images
+        if distributed.is_main():
             payload = load_checkpoint(best)
             record = _fitted(payload["networks"]["classifier"], dataset, config, machine, kept)
             save_checkpoint(best, {**payload, "networks": {"classifier": record}})
@@ -181,16 +182,16 @@ def _fit_head(network: Network, dataset: Dataset, contents: Callable[[], dict[st
     Nothing is chosen by held-out images, so none are held out.  kept: takes feature maps for the seed's fit.
     """
     path = out / "model_best.pth.tar"
+    network.to(machine.device, memory_format=torch.channels_last)
+    pooled, seen = torch.zeros(len(dataset), network.head.in_channels), torch.zeros(len(dataset))
+    features = Features(network, dataset, max_size, machine, kept)
+    for position, maps in features.maps(distributed.shard(range(len(dataset))), "features"):
+        pooled[position] = maps[network.last].float().mean(dim=(2, 3))[0]
+        seen[position] = 1
+    pooled, seen = distributed.all_reduce(pooled), distributed.all_reduce(seen).bool()  # each rank has its own rows
     if distributed.is_main():
-        network.eval().to(machine.device, memory_format=torch.channels_last)
-        labels = np.zeros((len(dataset), len(dataset.classes)), np.float32)
-        pooled = torch.empty(len(dataset), network.head.in_channels)
-        seen = 0
-        read = feature_reader(network, dataset, max_size, machine, "features", kept)
-        for seen, (features, _, keys) in enumerate(read(range(len(dataset))), start=1):
-            labels[seen - 1, keys] = 1
-            pooled[seen - 1] = features[network.last].float().mean(dim=(2, 3))[0]
-        weight, bias = fit_head(pooled[:seen], torch.from_numpy(labels[:seen]))
+        rows = slice(None) if seen.all() else seen  # a mask would copy them
+        weight, bias = fit_head(pooled[rows], torch.from_numpy(dataset.labels)[rows])
         with torch.no_grad():
             network.head.weight.copy_(weight[:, :, None, None])
             network.head.bias.copy_(bias)
@@ -238,7 +239,7 @@ def _write_cams(pipeline: Pipeline, path: Path, dataset: Dataset, folder: Folder
 def _fitted(record: dict, dataset: Dataset, config: TrainConfig, machine: Machine, kept: Kept) -> dict:
     """The classifier's record with its seed fitted in closed form to the split's images.  kept: of an earlier pass."""
     classifier = unpack(record, attach).to(machine.device, memory_format=torch.channels_last)
-    read = feature_reader(classifier, dataset, config.max_size, machine, f"fitting {classifier.seed.name}", kept)
+    read = Features(classifier, dataset, config.max_size, machine, kept).reader(f"fitting {classifier.seed.name}")
     classifier.seed.fit(classifier, read, dataset.labels, config.seed)
     state = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
     return {**record, "state": state}

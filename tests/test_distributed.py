@@ -6,6 +6,7 @@ and losses of the ranks still add up, as tests/float64_steps.py shows, but not t
 """
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from data.make_toy import make_toy
 TRAIN = ("--backbone", "resnet18", "--pretrained", "none", "--epochs", 2, "--batch_size", 5, "--crop_size", 65,
          "--lr", 0.001, *MACHINE)
 STAGE1 = "output/stage1_resnet18/model_best.pth.tar"
+MIXTURE = "output/two_mixture"
 SCORED = ("--scales", 1, *MACHINE)
 TRAININGS = [  # (run folder, command)
     ("output/two1", ("run_train.py", "--stage", 1, *TRAIN, "--bn", "frozen", "--scales", 1, "--cam_dir", "two/cams1")),
@@ -42,6 +44,8 @@ SPLITS = [
      "labelme", *MACHINE),
     ("run_eval.py", "--model_path", "two/model_best.pth.tar", "--output_dir", "two/eval", *MACHINE),
     ("test_deeplab.py", "--output_dir", "two/deeplab", *SCORED),
+    ("run_train.py", "--stage", 1, "--method", "mixture", "--backbone", "resnet18", "--pretrained", STAGE1, *SCORED,
+     "--output_dir", MIXTURE, "--cam_dir", "two/cams_mixture"),
 ]
 
 
@@ -133,7 +137,7 @@ def test_in_float64_nothing_but_rounding_differs(both, how):
 
 @pytest.mark.parametrize("place, suffix", [("two/cams", "npz"), ("two/masks", "png"), ("two/deeplab/masks", "png"),
                                            ("output/two2/affinity_labels", "png"), ("two/deeplab/scores", "npz"),
-                                           ("two/scores/walk_trainval_gt", "npz")])
+                                           ("two/cams_mixture", "npz"), ("two/scores/walk_trainval_gt", "npz")])
 def test_every_split_step_makes_the_same_files_in_two_ranks(both, place, suffix):
     one, two = ({path.name: path.read_bytes() for path in (result.folder / place).glob(f"*.{suffix}")}
                 for result in both)
@@ -152,6 +156,15 @@ def test_two_ranks_export_the_same_files_as_one(both):
     one, two = ({path: (result.folder / "two/masks/export" / path).read_bytes()
                  for path in files(result.folder / "two/masks/export")} for result in both)
     assert len(one) == 1 + 12 + 2 and one == two, f"{sorted(one)} and {sorted(two)}"  # JSON of each, and two records
+
+
+def test_each_rank_reads_its_part_for_the_head_and_head_and_mixture_are_those_of_one(both):
+    read = [re.findall(r"features: (\d+)/(\d+) images", result.said[0].stderr)[-1] for result in both]
+    assert read == [("12", "12"), ("6", "6")], f"rank 0 read {read} images"
+    one, two = (checkpoint(result.folder / MIXTURE / "model_best.pth.tar")["networks"]["classifier"]["state"]
+                for result in both)
+    differing = [name for name in one if not torch.equal(one[name], two[name])]
+    assert not differing and "seed.weight" in one and one["head.weight"].any(), differing
 
 
 def _same_arrays(first, second):

@@ -6,7 +6,7 @@ import torch
 from data.make_toy import make_toy
 from models.weights import build_network
 from src import features as module
-from src.features import Kept, feature_reader
+from src.features import Features, Kept
 from src.seeds import attach
 from utils.config import DataConfig, Machine
 from utils.datasets import open_dataset
@@ -36,8 +36,8 @@ def network():
 def passes(network, split, kept, second, skip_bad=False):
     """What the second of two passes reads at some positions, as lists; the first is over the whole split."""
     machine = Machine(torch.device("cpu"), skip_bad=skip_bad)
-    list(feature_reader(network, split, 96, machine, "first", kept)(range(len(split))))
-    return list(feature_reader(network, split, 96, machine, "second", kept)(second))
+    list(Features(network, split, 96, machine, kept).reader("first")(range(len(split))))
+    return list(Features(network, split, 96, machine, kept).reader("second")(second))
 
 
 def same(one, other):
@@ -58,21 +58,21 @@ def test_a_second_pass_is_the_same_however_much_was_kept(network, split, monkeyp
 def test_what_is_kept_is_not_computed_again(network, split, monkeypatch):
     kept = Kept(NAMES, [1, 2, 5])
     machine = Machine(torch.device("cpu"))
-    list(feature_reader(network, split, 96, machine, "first", kept)(range(7)))
+    list(Features(network, split, 96, machine, kept).reader("first")(range(7)))
     assert sorted(kept.maps) == [1, 2, 5], sorted(kept.maps)
     asked = []
     monkeypatch.setattr(type(split), "photo", lambda self, index, used: asked.append(index) or 1 / 0)
-    again = [keys.tolist() for _, _, keys in feature_reader(network, split, 96, machine, "second", kept)([1, 2, 5])]
+    again = [keys.tolist() for _, _, keys in Features(network, split, 96, machine, kept).reader("second")([1, 2, 5])]
     assert not asked and again == [np.flatnonzero(split.labels[i]).tolist() for i in (1, 2, 5)], (asked, again)
 
 
 def test_the_second_pass_has_the_cams_of_the_new_head(network, split):
     kept, machine = Kept(NAMES, range(7)), Machine(torch.device("cpu"))
-    list(feature_reader(network, split, 96, machine, "first", kept)(range(7)))
+    list(Features(network, split, 96, machine, kept).reader("first")(range(7)))
     other = build_network(kind="classifier", backbone="resnet18", classes=3).eval()
     other.backbone.load_state_dict(network.backbone.state_dict())
-    found = list(feature_reader(other, split, 96, machine, "second", kept)(range(7)))
-    assert same(found, list(feature_reader(other, split, 96, machine, "alone")(range(7)))), "not those of the new head"
+    found = list(Features(other, split, 96, machine, kept).reader("second")(range(7)))
+    assert same(found, list(Features(other, split, 96, machine).reader("alone")(range(7)))), "not those of the new head"
 
 
 def test_a_damaged_image_is_left_out_of_both_passes(network, tmp_path):
