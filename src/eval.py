@@ -40,7 +40,8 @@ def evaluate(dataset: Dataset, stages: Sequence[Stage], how: MaskConfig, workers
             save_panels(dataset, stages, tallies, how, out)
             print(f"Wrote scores.json, plots and panels to {out}")
             if record:
-                gallery.write(out, dataset, cards, record, stages, how, tallies, table)
+                rows = gallery.rows_of(stages, how, tallies, table)
+                gallery.write(out, dataset, cards, record, stages, rows, tallies)
             else:
                 gallery.tell_of_earlier(out)
         distributed.barrier()  # rank 0 reads the cards of the others, which go with this block

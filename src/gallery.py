@@ -36,18 +36,23 @@ def gather(cards: Cards, dataset: Dataset) -> None:
     cards.places = distributed.gather_dict(cards.places, dataset.ids)
 
 
-def write(out: Path, dataset: Dataset, cards: Cards, record: Mapping[str, object], stages: Sequence[Stage],
-          how: MaskConfig, tallies: Mapping[str, Tally], table: Mapping[str, Mapping]) -> None:
-    """Write the report of a scored split.  record: the options and the environment.  table: of `src.eval.report`."""
+def rows_of(stages: Sequence[Stage], how: MaskConfig, tallies: Mapping[str, Tally], table: Mapping[str, Mapping]
+            ) -> list[Row]:
+    """The lines of the score table.  table: of `src.eval.report`."""
     masks = {BOX, *(stage.name for stage in stages if stage.kind == "mask")}
-    rows = [Row(name, None if name in masks else how.bg_threshold, table[name]["fixed"], table[name].get("oracle"),
+    return [Row(name, None if name in masks else how.bg_threshold, table[name]["fixed"], table[name].get("oracle"),
                 tally.fixed, tally.images) for name, tally in tallies.items()]
-    swept = {name: tally for name, tally in tallies.items() if "oracle" in table[name]}
+
+
+def write(out: Path, dataset: Dataset, cards: Cards, record: Mapping[str, object], stages: Sequence[Stage],
+          rows: Sequence[Row], tallies: Mapping[str, Tally]) -> None:
+    """Write the report of a scored split.  record: the options and the environment.  rows: from `rows_of`."""
+    swept = {row.name: tallies[row.name] for row in rows if row.oracle}
     layers = [Layer(f"{stage.name} (CAM)" if stage.kind == "cam" else stage.name, "heat",
                     "foreground probability before the threshold") for stage in stages if stage.soft]
     layers += [Layer("mask", "mask", f"mask of the last stage, {stages[-1].name}"),
                Layer("ground truth", "truth", "ground truth; hatched grey is ignored")]
-    ids = worst_first(cards.places, tallies[stages[-1].name].images)
+    ids = worst_first(cards.places, rows[-1].images)
     _write(out, dataset, cards, record, ids, layers, rows=rows,
            curves={name: tally.curve() for name, tally in swept.items()},
            thresholds=next(iter(swept.values())).sweep.thresholds().tolist() if swept else ())

@@ -145,7 +145,7 @@ def run_stage1(dataset: Dataset, plan: ClassifierPlan, machine: Machine, out: Pa
     wanted = network.seed.wanted(dataset.labels, config.seed) if plan.head_only and distributed.is_main() else ()
     kept = Kept((*network.seed.depths, network.last), wanted)
     if plan.head_only:
-        best = _fit_head(network, dataset, contents, config.max_size, machine, out, options, kept)
+        best = _fit_head(network, Features(network, dataset, config.max_size, machine, kept), contents, out, options)
     else:
         best = _train_classifier(network, dataset, contents, plan, machine, out, options)
     if plan.seed.closed_form:
@@ -175,16 +175,14 @@ def _train_classifier(network: Network, dataset: Dataset, contents: Callable[[],
     return train(task, config, machine, out, options)
 
 
-def _fit_head(network: Network, dataset: Dataset, contents: Callable[[], dict[str, object]], max_size: int,
-              machine: Machine, out: Path, options: Options, kept: Kept) -> Path:
+def _fit_head(network: Network, features: Features, contents: Callable[[], dict[str, object]], out: Path,
+              options: Options) -> Path:
     """Fit the classifier's head to the pooled features of whole images; returns the path of model_best.
 
-    Nothing is chosen by held-out images, so none are held out.  kept: takes feature maps for the seed's fit.
+    Nothing is chosen by held-out images, so none are held out.
     """
-    path = out / "model_best.pth.tar"
-    network.to(machine.device, memory_format=torch.channels_last)
+    path, dataset = out / "model_best.pth.tar", features.dataset
     pooled, seen = torch.zeros(len(dataset), network.head.in_channels), torch.zeros(len(dataset))
-    features = Features(network, dataset, max_size, machine, kept)
     for position, maps in features.maps(distributed.shard(range(len(dataset))), "features"):
         pooled[position] = maps[network.last].float().mean(dim=(2, 3))[0]
         seen[position] = 1
@@ -196,7 +194,7 @@ def _fit_head(network: Network, dataset: Dataset, contents: Callable[[], dict[st
             network.head.weight.copy_(weight[:, :, None, None])
             network.head.bias.copy_(bias)
         record = {"step": "stage1", "options": dict(options)}
-        write_json(out / "options.json", {**record, **environment(machine.device)})
+        write_json(out / "options.json", {**record, **environment(features.machine.device)})
         save_checkpoint(path, {**record, "epoch": 0, **contents()})
     distributed.barrier()
     return path

@@ -202,7 +202,8 @@ def evaluate_masks(dataset, masks, out, record):
         tallies = score_split(dataset, stages, how, 0, cards)
         table = write_scores(dataset, tallies, record["options"], out)
         gallery.gather(cards, dataset)
-        gallery.write(out, dataset, cards, record, stages, how, tallies, table)
+        rows = gallery.rows_of(stages, how, tallies, table)
+        gallery.write(out, dataset, cards, record, stages, rows, tallies)
     return table
 
 
