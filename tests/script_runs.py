@@ -1,4 +1,4 @@
-"""Running the real scripts as a user's shell does, and chains of such runs in the background."""
+"""Running the real scripts as a user's shell does, and chains of such runs, which several tests look at."""
 import atexit
 import functools
 import json
@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -25,18 +24,18 @@ MACHINE = ("--device", "cpu", "--workers", "0", "--precision", "fp32")  # on eve
 SMALL = ("--backbone", "resnet18", "--pretrained", "none", "--epochs", "1", *MACHINE)
 DATA = "data/oxford-iiit-pet"  # the scripts' default, in the working directory
 STAGE2 = "output/stage2_resnet18/model_best.pth.tar"
-STARTING = threading.Lock()  # one server for the chains, which run in threads
-CHAINS = {}  # name -> function (empty folder, get) -> result; `get(name)` waits for another chain's result
 
 
 def chain(build):
-    """Make a session fixture of a function that runs scripts; it is built in the background (see conftest.py)."""
-    CHAINS[build.__name__] = build
+    """Make a session fixture of a function that runs scripts: (empty folder, get) -> result.
 
+    get: function: name of another chain -> its result.
+    """
     @pytest.fixture(scope="session", name=build.__name__)
-    def wait(background):
-        return background(build.__name__)
-    return wait
+    def made(chain_home, request):
+        folder = Path(tempfile.mkdtemp(prefix=f"{build.__name__}-", dir=chain_home))
+        return build(folder, request.getfixturevalue)
+    return made
 
 
 def environment(folder):
@@ -120,9 +119,7 @@ def start(folder, script, *flags, server=None):
 
     server: another one than that of all tests.
     """
-    with STARTING:
-        server = server or warm_server()
-    return Fork(server, folder, [str(script), *map(str, flags)], environment(folder))
+    return Fork(server or warm_server(), folder, [str(script), *map(str, flags)], environment(folder))
 
 
 def start_cold(folder, script, *flags):
