@@ -51,6 +51,15 @@ def test_the_scale_of_a_feature_changes_nothing():
     assert gap < 1e-2, f"logits differ by {gap:.1e} of their maximum"
 
 
+def test_images_that_are_taken_in_parts_give_the_same_head(monkeypatch):
+    features, labels = data()
+    whole = fit_head(features.clone(), labels)
+    monkeypatch.setattr("src.training.head.ROWS", len(labels) // 3 + 1)
+    gap = max(((one - other).abs().max() / one.abs().max()).item()
+              for one, other in zip(whole, fit_head(features.clone(), labels)))
+    assert gap < 1e-3, f"weights differ by {gap:.1e} of their maximum"
+
+
 def test_a_class_that_no_image_shows_is_never_predicted():
     features, labels = data()
     weight, bias = fit_head(features.clone(), labels * torch.tensor([1.0, 1, 0]))

@@ -4,6 +4,7 @@ from torch.nn import functional as F
 
 PENALTY = 0.01  # of the squared weights, of standardised features
 STEPS = 100     # of L-BFGS, at most
+ROWS = 16_384   # images at once
 
 
 def fit_head(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -15,17 +16,20 @@ def fit_head(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
     them as they were.
     """
     mean, deviation = features.mean(dim=0), features.std(dim=0, unbiased=False) + 1e-6
-    inputs, labels = features.sub_(mean).div_(deviation), labels.float()
-    weight = torch.zeros(labels.shape[1], inputs.shape[1], requires_grad=True)
-    bias = torch.zeros(labels.shape[1], requires_grad=True)
+    inputs, (count, classes) = features.sub_(mean).div_(deviation), labels.shape
+    weight = torch.zeros(classes, inputs.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
     optimiser = torch.optim.LBFGS([weight, bias], max_iter=STEPS, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimiser.zero_grad()
-        # Summed over classes: each is a regression of its own, whatever their number.
-        loss = F.binary_cross_entropy_with_logits(inputs @ weight.T + bias, labels) * labels.shape[1]
-        loss = loss + PENALTY * weight.square().sum()
+        loss = PENALTY * weight.square().sum()
         loss.backward()
+        for x, y in zip(inputs.split(ROWS), labels.split(ROWS)):
+            # Summed over classes: each is a regression of its own, whatever their number.
+            part = F.binary_cross_entropy_with_logits(x @ weight.T + bias, y.float()) * (classes * len(x) / count)
+            part.backward()
+            loss = loss.detach() + part.detach()
         return loss
     with torch.enable_grad():
         optimiser.step(closure)
