@@ -34,7 +34,7 @@ pipeline: setup
 
 test: setup
 	$(RUN) -m ruff check --no-cache
-	$(RUN) -m pytest --numprocesses 2 --dist loadfile
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 bench: setup
 	$(RUN) -m pytest -m gpu -rs
