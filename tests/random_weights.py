@@ -3,8 +3,8 @@
     python tests/random_weights.py PATH LAYOUT '{"kind": "classifier", "backbone": "resnet38", ...}' [SEED]
 
 LAYOUT: a family of published files (psa, mctformer), "backbone" (that of such a network alone), or "torchvision", whose
-network has a name only.  Chains of script runs make their files with this: they run in threads, and what they drew
-themselves would be missing from the random numbers that a test draws meanwhile after `torch.manual_seed`.
+network has a name only.  Chains of script runs make their files with this: the weights then depend on the seed alone,
+and the random numbers of the tests' process do not depend on which chain was made before.
 """
 import json
 import sys

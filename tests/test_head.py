@@ -44,8 +44,7 @@ def test_the_head_is_the_optimum_of_its_loss():
 def test_the_scale_of_a_feature_changes_nothing():
     features, labels = data()
     scaled = features * torch.tensor([1000.0, 1, 1, 1, 1, 0.01])
-    (weight, bias), (other, other_bias) = (
-        fit_head(inputs.clone(), labels) for inputs in (features, scaled))
+    (weight, bias), (other, other_bias) = (fit_head(inputs.clone(), labels) for inputs in (features, scaled))
     logits, others = features @ weight.T + bias, scaled @ other.T + other_bias
     gap = (logits - others).abs().max() / logits.abs().max()
     assert gap < 1e-2, f"logits differ by {gap:.1e} of their maximum"
