@@ -14,9 +14,12 @@ from src.seeds.mixture import (
     IMAGES,
     PER_CLASS,
     SHARPNESS,
+    Mixture,
+    MixtureConfig,
     affinities,
     binary_posterior,
     drawn_images,
+    inner_cells,
     log_prior,
     posteriors,
     spread,
@@ -29,7 +32,7 @@ GRID = (8, 10)
 
 def classifier(depths=(), classes=2):
     torch.manual_seed(0)
-    how = {**HOW, "classes": classes, "seed": {"name": "mixture", "depths": list(depths)}}
+    how = {**HOW, "classes": classes, "seed": {**Mixture.record(MixtureConfig()), "depths": list(depths)}}
     network = build_network(**HOW | {"classes": classes}).eval()
     attach(network, how["seed"])
     return network, how
@@ -252,6 +255,31 @@ def test_affinities_are_squared_positive_cosines_of_centred_features_by_rows():
     again = (again - again.min(axis=1, keepdims=True)) / np.ptp(again, axis=1, keepdims=True)
     assert np.abs(reached.numpy() - again).max() < 1e-5
     assert torch.isfinite(spread(torch.zeros(1, 1, 9), affinities(x), 4)).all()
+
+
+@pytest.mark.parametrize("size", [(24, 32), (10, 8), (1, 3), (4, 4)], ids=str)
+def test_cells_near_the_edge_are_not_drawn(size):
+    inside = torch.zeros(size, dtype=torch.bool)
+    margins = [min(6, side // 4) for side in size]
+    for y in range(size[0]):
+        for x in range(size[1]):
+            inside[y, x] = margins[0] <= y < size[0] - margins[0] and margins[1] <= x < size[1] - margins[1]
+    assert inner_cells(size).tolist() == inside.flatten().nonzero()[:, 0].tolist()
+    features = {"layer2": torch.arange(size[0] * size[1]).expand(1, 128, -1).reshape(1, 128, *size).float(),
+                "layer3": torch.zeros(1, 256, *size)}
+    network, _ = classifier()
+    drawn, _, _ = network.seed._sample(features, torch.zeros(1, 2, *size), np.array([0]), torch.Generator())
+    assert set(drawn[:, 0].long().tolist()) <= set(inner_cells(size).tolist()), f"{drawn[:, 0]} in {size}"
+    assert len(drawn) == min(96, int(inside.sum()))
+
+
+def test_a_checkpoint_from_before_the_record_held_them_has_6_background_components_and_3_fits():
+    network = build_network(**HOW).eval()
+    attach(network, {"name": "mixture", "depths": []})
+    assert network.seed.weight.shape == (3, 6 + 2 * PER_CLASS, 384), tuple(network.seed.weight.shape)
+    items = scenes(6)
+    network.seed.fit(network, reader(items), labels_of(items), seed=0)
+    assert np.isfinite(map_of(network, items[0])).all()
 
 
 def test_depths_are_chosen_by_name_and_a_wrong_name_is_refused():

@@ -26,9 +26,10 @@ from utils.errors import UserError
 from utils.grids import Size, resize_tensor
 from utils.log import say
 
-BACKGROUND, PER_CLASS = 6, 2  # components, of all classes together and of each
-FITS = 3           # from different starts; their posteriors are averaged, as EM ends where it began
+BACKGROUND, PER_CLASS = 12, 2  # components, of all classes together and of each
+FITS = 6           # from different starts; their posteriors are averaged, as EM ends where it began
 CELLS = 96         # of an image, drawn at random
+EDGE = 6           # cells from the edge that are not drawn: the network's padding bends them, and most are background
 IMAGES = 1400      # at most, which bounds the memory of the fit: 0.2 GB at 416 channels
 RIDGE = 0.03       # of the mean variance, added to the covariance's diagonal
 ROUNDS = 15        # of EM
@@ -57,16 +58,16 @@ class Mixture(Seed):
     Settings = MixtureConfig
     closed_form = True
 
-    def __init__(self, classifier: Classifier, depths: Sequence[str]):
+    def __init__(self, classifier: Classifier, depths: Sequence[str], background: int, fits: int):
         super().__init__()
-        self.depths = settle_depths(classifier.backbone, depths)
+        self.depths, self.background, self.fits = settle_depths(classifier.backbone, depths), background, fits
         self.classes = classifier.head.out_channels
         *finer, last = (classifier.backbone.channels[depth] for depth in self.depths)
         # Channels whose cosines are affinities: of the depth before the last, of a single one all.
         self.shallow = slice(sum(finer[:-1]), sum(finer)) if finer else slice(None)
-        count = BACKGROUND + PER_CLASS * self.classes
-        self.register_buffer("weight", torch.zeros(FITS, count, sum(finer) + last))
-        self.register_buffer("bias", torch.full((FITS, count), NEVER))
+        count = background + PER_CLASS * self.classes
+        self.register_buffer("weight", torch.zeros(fits, count, sum(finer) + last))
+        self.register_buffer("bias", torch.full((fits, count), NEVER))
 
     @classmethod
     def check(cls, plan: Plan) -> None:
@@ -78,11 +79,12 @@ class Mixture(Seed):
 
     @classmethod
     def record(cls, settings: MixtureConfig) -> dict[str, object]:
-        return {"name": cls.name, "depths": list(settings.mixture_depths or ())}
+        return {"name": cls.name, "depths": list(settings.mixture_depths or ()), "background": BACKGROUND, "fits": FITS}
 
     @classmethod
-    def build(cls, classifier: Classifier, depths: Sequence[str] = ()) -> Self:
-        return cls(classifier, depths)
+    def build(cls, classifier: Classifier, depths: Sequence[str] = (), background: int = 6, fits: int = 3) -> Self:
+        """background, fits: of a record without them, the numbers of the time when records did not hold them."""
+        return cls(classifier, depths, background, fits)
 
     # --- maps of an image --------------------------------------------------------------------------------------------
 
@@ -100,7 +102,7 @@ class Mixture(Seed):
             affinity = affinities(resize_tensor(cells[:, self.shallow], grid).flatten(2))
             prior = spread(resize_tensor(cam.float().relu(), grid).flatten(2), affinity, POWER)
             coarse, found = resize_tensor(cells, grid).flatten(2), []
-            for fit in range(FITS):
+            for fit in range(self.fits):
                 own = prior
                 for _ in range(REFITS):
                     own = spread(binary_posterior(*self._densities(coarse, fit), own), affinity)
@@ -113,9 +115,9 @@ class Mixture(Seed):
         """The mean posterior of the fits and views, sharpened; its maximum is 1: a label is somewhere in its image."""
         scales = []
         for view in views:
-            parts = zip(*(part.chunk(FITS, dim=1) for part in view))
+            parts = zip(*(part.chunk(self.fits, dim=1) for part in view))
             found = [posteriors(inner[:, keys], outer, prior[:, keys]) for inner, outer, prior in parts]
-            scales.append(sum(found) / FITS)
+            scales.append(sum(found) / self.fits)
         return unit_maximum((sum_views(scales, size) / sum(map(len, scales))) ** SHARPNESS)
 
     def view_maps(self, classifier: Classifier, features: Mapping[str, torch.Tensor], cam: torch.Tensor,
@@ -126,10 +128,10 @@ class Mixture(Seed):
         on which these are: this is what is exported to ONNX.
         """
         absent = ~shown[:, :, None, None]
-        parts = zip(*(part.chunk(FITS, dim=1) for part in self.maps(classifier, features, cam, images)))
+        parts = zip(*(part.chunk(self.fits, dim=1) for part in self.maps(classifier, features, cam, images)))
         found = [posteriors(inner.masked_fill(absent, -torch.inf), outer, prior.masked_fill(absent, 0))
                  for inner, outer, prior in parts]
-        return sum(found) / FITS
+        return sum(found) / self.fits
 
     def _cells(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Features of all depths on the grid of the last: (B, D, h, w) float32."""
@@ -140,8 +142,8 @@ class Mixture(Seed):
         """cells: (B, D, n).  Returns log densities up to a constant of a cell: classes (B, K, n), background (B, 1, n).
         """
         logs = torch.einsum("cd,bdn->bcn", self.weight[fit], cells) + self.bias[fit, :, None]
-        inner = logs[:, BACKGROUND:].unflatten(1, (self.classes, PER_CLASS)).logsumexp(dim=2)
-        return inner, logs[:, :BACKGROUND].logsumexp(dim=1, keepdim=True)
+        inner = logs[:, self.background:].unflatten(1, (self.classes, PER_CLASS)).logsumexp(dim=2)
+        return inner, logs[:, :self.background].logsumexp(dim=1, keepdim=True)
 
     # --- the fit -----------------------------------------------------------------------------------------------------
 
@@ -164,7 +166,7 @@ class Mixture(Seed):
         counts, home = [len(one) for one, *_ in samples], self.weight.device
         self.cpu()  # as the samples are
         shares = []
-        for fit in range(FITS):
+        for fit in range(self.fits):
             before = prior
             for refit in range(REFITS + 1):
                 if refit:
@@ -172,19 +174,22 @@ class Mixture(Seed):
                 share = self._maximise(cells, before, own, rng, fit)
             shares.append(f"{share:.0%}")
         self.to(home)
-        say(f"Mixture: fitted to {len(cells)} cells of {len(samples)} images; foreground by each of {FITS} fits: "
+        say(f"Mixture: fitted to {len(cells)} cells of {len(samples)} images; foreground by each of {self.fits} fits: "
             f"{', '.join(shares)}")
 
     def _sample(self, features: Mapping[str, torch.Tensor], cam: torch.Tensor, keys: np.ndarray,
                 draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Up to CELLS random cells of an image: features (n, D), the spread CAM (n, K), its classes (n, K) bool."""
+        """Up to CELLS random cells of an image, none near its edge: features (n, D), the spread CAM (n, K), its classes
+        (n, K) bool.
+        """
         cells = self._cells(features)
         size = cells.shape[-2:]
         grid = affinity_grid(size)
         cam = resize_tensor(cam.float().relu(), grid).flatten(2)
         prior = spread(cam, affinities(resize_tensor(cells[:, self.shallow], grid).flatten(2)), POWER)
         prior = resize_tensor(prior.unflatten(2, grid), size).flatten(2)
-        chosen = torch.randperm(size[0] * size[1], generator=draw)[:CELLS].to(cells.device)
+        middle = inner_cells(size)
+        chosen = middle[torch.randperm(len(middle), generator=draw)[:CELLS]].to(cells.device)
         own = torch.zeros(len(chosen), self.classes, dtype=torch.bool)
         own[:, torch.from_numpy(keys)] = True
         return cells.flatten(2)[0].T[chosen].cpu(), prior[0].T[chosen].cpu() * own, own
@@ -205,7 +210,7 @@ class Mixture(Seed):
         mean = cells.mean(dim=0)
         cells = cells - mean
         scatter, count = cells.T @ cells, len(cells)
-        counts, sums, scatter_used = start(cells, prior, own, scatter, rng)
+        counts, sums, scatter_used = start(cells, prior, own, scatter, self.background, rng)
         for _ in range(ROUNDS):
             means = sums / counts.clamp(min=1e-6)[:, None]  # (C, D)
             precision = torch.linalg.inv(ridged((scatter_used - sums.T @ means) / counts.sum()))
@@ -216,7 +221,7 @@ class Mixture(Seed):
             scatter_used = scatter
         self.weight[fit] = weight
         self.bias[fit] = (bias - weight @ mean).clamp(min=NEVER)
-        return (counts[BACKGROUND:].sum() / count).item()
+        return (counts[self.background:].sum() / count).item()
 
     def _expect(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, weight: torch.Tensor,
                 bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,7 +231,8 @@ class Mixture(Seed):
             logs = x @ weight.T + bias
             inside, outside = log_prior(before), log_prior(1 - before.amax(dim=1, keepdim=True))
             inside = torch.where(allowed, inside, -torch.inf).repeat_interleave(PER_CLASS, dim=1)
-            share = torch.cat([logs[:, :BACKGROUND] + outside, logs[:, BACKGROUND:] + inside], dim=1).softmax(dim=1)
+            outer, inner = logs[:, :self.background], logs[:, self.background:]
+            share = torch.cat([outer + outside, inner + inside], dim=1).softmax(dim=1)
             counts += share.sum(dim=0)
             sums += share.T @ x
         return counts, sums
@@ -245,6 +251,12 @@ def drawn_images(labels: np.ndarray, most: int, rng: np.random.Generator) -> lis
             break
         kept.add(int(position))
     return sorted(kept)
+
+
+def inner_cells(size: Size) -> torch.Tensor:
+    """Positions, in a flattened grid, of the cells EDGE or more from its edge; of a small grid, of its middle half."""
+    rows, columns = (slice(min(EDGE, side // 4), side - min(EDGE, side // 4)) for side in size)
+    return torch.arange(size[0] * size[1]).view(*size)[rows, columns].flatten()
 
 
 def affinity_grid(size: Size) -> Size:
@@ -302,7 +314,7 @@ def ridged(covariance: torch.Tensor) -> torch.Tensor:
     return covariance
 
 
-def start(cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, scatter: torch.Tensor,
+def start(cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, scatter: torch.Tensor, background: int,
           rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Where EM begins: counts (C,), sums (C, D) and scatter (D, D) of the cells that the prior is sure of.
 
@@ -310,16 +322,16 @@ def start(cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, scatter: 
     whitened features; a class without such cells begins with the likeliest ones of its images.
     """
     whitening = torch.linalg.cholesky(torch.linalg.inv(ridged(scatter / len(cells))))
-    components = BACKGROUND + PER_CLASS * own.shape[1]
+    components = background + PER_CLASS * own.shape[1]
     counts, sums = torch.zeros(components), torch.zeros(components, cells.shape[1])
     highest, used = prior.amax(dim=1), torch.zeros_like(scatter)
-    lowest = highest.sort().values[min(len(cells), 4 * BACKGROUND) - 1]  # background there must be
-    groups = [(highest <= max(BACK, lowest.item()), 0, BACKGROUND)]
+    lowest = highest.sort().values[min(len(cells), 4 * background) - 1]  # background there must be
+    groups = [(highest <= max(BACK, lowest.item()), 0, background)]
     for k in range(own.shape[1]):
         if own[:, k].any():
             ours = prior[own[:, k], k]
             sure = min(FRONT, ours.sort(descending=True).values[min(len(ours), 4 * PER_CLASS) - 1].item())
-            groups.append((own[:, k] & (prior[:, k] >= sure), BACKGROUND + PER_CLASS * k, PER_CLASS))
+            groups.append((own[:, k] & (prior[:, k] >= sure), background + PER_CLASS * k, PER_CLASS))
     for chosen, first, number in groups:
         points = cells[chosen]
         which = first + clusters(points @ whitening, number, rng)
