@@ -27,7 +27,7 @@ from utils.grids import Size, resize_tensor
 from utils.log import say
 
 BACKGROUND, PER_CLASS = 12, 2  # components, of all classes together and of each
-FITS = 6           # from different starts; their posteriors are averaged, as EM ends where it began
+TRIES, FITS = 12, 4  # fits from different starts, and how many are kept: EM ends where it began, at times in scenery
 CELLS = 96         # of an image, drawn at random
 EDGE = 6           # cells from the edge that are not drawn: the network's padding bends them, and most are background
 IMAGES = 1400      # at most, which bounds the memory of the fit: 0.2 GB at 416 channels
@@ -165,17 +165,21 @@ class Mixture(Seed):
         cells, prior, own = (torch.cat(parts) for parts in zip(*samples))
         counts, home = [len(one) for one, *_ in samples], self.weight.device
         self.cpu()  # as the samples are
-        shares = []
-        for fit in range(self.fits):
+        found = []
+        for _ in range(TRIES):
             before = prior
             for refit in range(REFITS + 1):
                 if refit:
-                    before = self._own_prior(cells, before, own, counts, fit)
-                share = self._maximise(cells, before, own, rng, fit)
-            shares.append(f"{share:.0%}")
+                    before = self._own_prior(cells, before, own, counts)
+                share = self._maximise(cells, before, own, rng)
+            found.append((self._leak(cells, own), share, self.weight[0].clone(), self.bias[0].clone()))
+        best = sorted(found, key=lambda one: one[0])[:self.fits]
+        for fit, (_, _, weight, bias) in enumerate(best):
+            self.weight[fit], self.bias[fit] = weight, bias
         self.to(home)
-        say(f"Mixture: fitted to {len(cells)} cells of {len(samples)} images; foreground by each of {self.fits} fits: "
-            f"{', '.join(shares)}")
+        shares = ", ".join(f"{share:.0%}" for _, share, _, _ in best)
+        say(f"Mixture: fitted to {len(cells)} cells of {len(samples)} images; foreground by each of the best "
+            f"{self.fits} of {TRIES} fits: {shares}")
 
     def _sample(self, features: Mapping[str, torch.Tensor], cam: torch.Tensor, keys: np.ndarray,
                 draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -194,19 +198,37 @@ class Mixture(Seed):
         own[:, torch.from_numpy(keys)] = True
         return cells.flatten(2)[0].T[chosen].cpu(), prior[0].T[chosen].cpu() * own, own
 
-    def _own_prior(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, counts: Sequence[int],
-                   fit: int) -> torch.Tensor:
-        """The prior (n, K) of the sampled cells from the mixture's posterior, spread among an image's sampled cells."""
+    def _leak(self, cells: torch.Tensor, own: torch.Tensor) -> float:
+        """How often the first fit finds a class where labels say that it is not; it needs no mask to be told.
+
+        The mean over classes of log (mean posterior in images without the class / in those with it), where every class
+        is allowed and there is no prior.  A class whose components took to scenery fires on that of others too.
+        """
+        inside, outside = torch.zeros(self.classes), torch.zeros(self.classes)
+        for x, allowed in zip(cells.split(CHUNK), own.split(CHUNK)):
+            inner, outer = self._densities(x.T[None], 0)
+            share = torch.cat([outer, inner], dim=1)[0].softmax(dim=0)[1:].T  # (n, K)
+            inside += (share * allowed).sum(dim=0)
+            outside += (share * ~allowed).sum(dim=0)
+        count = own.sum(dim=0)
+        told = (count > 0) & (count < len(own))  # classes of some images, but not of all
+        ratio = (outside / (len(own) - count) / (inside / count).clamp(min=1e-12))[told]
+        return ratio.clamp(min=1e-12).log().mean().item() if told.any() else 0.0
+
+    def _own_prior(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, counts: Sequence[int]
+                   ) -> torch.Tensor:
+        """The prior (n, K) of the sampled cells from the first fit's posterior, spread among an image's sampled cells.
+        """
         parts = []
         for x, before in zip(cells.split(counts), prior.split(counts)):
             x = x.T[None]
-            inner, outer = self._densities(x, fit)
+            inner, outer = self._densities(x, 0)
             parts.append(spread(binary_posterior(inner, outer, before.T[None]), affinities(x[:, self.shallow]))[0].T)
         return torch.cat(parts) * own
 
-    def _maximise(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, rng: np.random.Generator,
-                  fit: int) -> float:
-        """EM from the prior: sets `weight` and `bias` of a fit.  Returns the share of foreground."""
+    def _maximise(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, rng: np.random.Generator
+                  ) -> float:
+        """EM from the prior: sets `weight` and `bias` of the first fit.  Returns the share of foreground."""
         mean = cells.mean(dim=0)
         cells = cells - mean
         scatter, count = cells.T @ cells, len(cells)
@@ -219,8 +241,8 @@ class Mixture(Seed):
             bias = torch.where(counts > 1e-3, bias, NEVER)
             counts, sums = self._expect(cells, prior, own, weight, bias)
             scatter_used = scatter
-        self.weight[fit] = weight
-        self.bias[fit] = (bias - weight @ mean).clamp(min=NEVER)
+        self.weight[0] = weight
+        self.bias[0] = (bias - weight @ mean).clamp(min=NEVER)
         return (counts[self.background:].sum() / count).item()
 
     def _expect(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, weight: torch.Tensor,
