@@ -30,7 +30,7 @@ BACKGROUND, PER_CLASS = 12, 2  # components, of all classes together and of each
 TRIES, FITS = 12, 4  # fits from different starts, and how many are kept: EM ends where it began, at times in scenery
 CELLS = 96         # of an image, drawn at random
 EDGE = 6           # cells from the edge that are not drawn: the network's padding bends them, and most are background
-IMAGES = 1400      # at most, which bounds the memory of the fit: 0.2 GB at 416 channels
+IMAGES = 1400      # at most, which bounds the memory of the fit: 0.3 GB at 416 channels
 RIDGE = 0.03       # of the mean variance, added to the covariance's diagonal
 ROUNDS = 15        # of EM
 REFITS = 1         # times that the prior is taken from the fitted mixture and the mixture is fitted again
@@ -163,14 +163,15 @@ class Mixture(Seed):
         samples = [self._sample(features, cam, keys, draw)
                    for features, cam, keys in read(drawn_images(labels, IMAGES, rng))]
         cells, prior, own = (torch.cat(parts) for parts in zip(*samples))
-        counts, home = [len(one) for one, *_ in samples], self.weight.device
+        links = [affinities(one.T[None, self.shallow]) for one, *_ in samples]
+        home = self.weight.device
         self.cpu()  # as the samples are
         found = []
         for _ in range(TRIES):
             before = prior
             for refit in range(REFITS + 1):
                 if refit:
-                    before = self._own_prior(cells, before, own, counts)
+                    before = self._own_prior(cells, before, own, links)
                 share = self._maximise(cells, before, own, rng)
             found.append((self._leak(cells, own), share, self.weight[0].clone(), self.bias[0].clone()))
         best = sorted(found, key=lambda one: one[0])[:self.fits]
@@ -215,16 +216,16 @@ class Mixture(Seed):
         ratio = (outside / (len(own) - count) / (inside / count).clamp(min=1e-12))[told]
         return ratio.clamp(min=1e-12).log().mean().item() if told.any() else 0.0
 
-    def _own_prior(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, counts: Sequence[int]
+    def _own_prior(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, links: Sequence[torch.Tensor]
                    ) -> torch.Tensor:
         """The prior (n, K) of the sampled cells from the first fit's posterior, spread among an image's sampled cells.
+
+        links: the affinities (1, n_i, n_i) of each image's n_i cells.
         """
-        parts = []
-        for x, before in zip(cells.split(counts), prior.split(counts)):
-            x = x.T[None]
-            inner, outer = self._densities(x, 0)
-            parts.append(spread(binary_posterior(inner, outer, before.T[None]), affinities(x[:, self.shallow]))[0].T)
-        return torch.cat(parts) * own
+        found = [binary_posterior(*self._densities(x.T[None], 0), before.T[None])
+                 for x, before in zip(cells.split(CHUNK), prior.split(CHUNK))]
+        parts = torch.cat(found, dim=2).split([len(link[0]) for link in links], dim=2)
+        return torch.cat([spread(part, link) for part, link in zip(parts, links)], dim=2)[0].T * own
 
     def _maximise(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, rng: np.random.Generator
                   ) -> float:
@@ -235,8 +236,8 @@ class Mixture(Seed):
         counts, sums, scatter_used = start(cells, prior, own, scatter, self.background, rng)
         for _ in range(ROUNDS):
             means = sums / counts.clamp(min=1e-6)[:, None]  # (C, D)
-            precision = torch.linalg.inv(ridged((scatter_used - sums.T @ means) / counts.sum()))
-            weight = means @ precision
+            root = torch.linalg.cholesky(ridged((scatter_used - sums.T @ means) / counts.sum()))
+            weight = torch.cholesky_solve(means.T, root).T
             bias = torch.log(counts / counts.sum()) - 0.5 * (weight * means).sum(dim=1)
             bias = torch.where(counts > 1e-3, bias, NEVER)
             counts, sums = self._expect(cells, prior, own, weight, bias)
