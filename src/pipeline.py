@@ -18,7 +18,7 @@ from models.affinitynet import affinity_stencil
 from models.backbone import for_inference
 from models.weights import class_names, load_model, unpack
 from src.masks import decide
-from src.seeds import attach
+from src.seeds import attach, check_fitted
 from utils.config import Machine, MapConfig, WalkConfig
 from utils.crf import CRF, PRESETS, settle_backend
 from utils.datasets import DATASETS
@@ -55,6 +55,8 @@ class _Pipeline:
     def __init__(self, payload: dict, maps: MapConfig, machine: Machine, crf_preset: str):
         self.records, self.classes, self.maps, self.machine = payload["networks"], payload["classes"], maps, machine
         self.crf_preset = crf_preset
+        if "classifier" in self.records:
+            check_fitted(self.records["classifier"])
 
     @classmethod
     def load(cls, path: str, device: str = "auto", precision: str = "auto", **changes: object) -> Self:

@@ -5,6 +5,7 @@ import torch
 from scipy.stats import multivariate_normal
 
 from models.weights import build_network, pack, unpack
+from src.pipeline import Pipeline
 from src.seeds import attach
 from src.seeds import mixture as module
 from src.seeds.mixture import (
@@ -24,6 +25,7 @@ from src.seeds.mixture import (
     posteriors,
     spread,
 )
+from utils.config import Machine, MapConfig, WalkConfig
 from utils.errors import UserError
 
 HOW = {"kind": "classifier", "backbone": "resnet18", "classes": 2}
@@ -142,6 +144,16 @@ def test_the_seed_is_built_again_from_its_record_with_the_same_maps(fitted):
     again = unpack(pack(network, **how), attach)
     gap = np.abs(map_of(again, items[2]) - map_of(network, items[2])).max()
     assert gap == 0, f"maps differ by {gap:.1e}"
+
+
+def test_a_mixture_that_was_never_fitted_is_refused_instead_of_giving_maps_of_zeros(fitted):
+    network, how = classifier()
+    payload = {"networks": {"classifier": pack(network, **how)}, "classes": ["cat", "dog"]}
+    with pytest.raises(UserError, match="mixture was never fitted, as its step 1 was stopped before; run step 1 again"):
+        Pipeline(payload, MapConfig(), WalkConfig(), Machine(torch.device("cpu")))
+    network, how, _ = fitted
+    payload["networks"]["classifier"] = pack(network, **how)
+    assert Pipeline(payload, MapConfig(), WalkConfig(), Machine(torch.device("cpu"))).classifier.seed.fits == FITS
 
 
 def test_a_pair_of_equal_views_gives_the_map_of_the_view(fitted):

@@ -14,7 +14,7 @@ from models import export
 from models.backbone import for_inference
 from models.export.usage import usage
 from models.weights import load_model, unpack
-from src.seeds import attach  # a script, unlike the package around it, may import src
+from src.seeds import attach, check_fitted  # a script, unlike the package around it, may import src
 from utils.errors import UserError
 from utils.files import atomic_path, write_json
 from utils.grids import snapped_size
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{args.checkpoint} holds no DeepLab and no classifier, but {', '.join(payload['networks'])}; "
                         "pass a checkpoint of step 1 or 5")
     record = payload["networks"][kind]
+    check_fitted(record)
     network = for_inference(unpack(record, attach))
     stride = network.backbone.stride
     if size and size != snapped_size(size, stride):
