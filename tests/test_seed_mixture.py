@@ -269,13 +269,13 @@ def test_affinities_are_squared_positive_cosines_of_centred_features_by_rows():
     assert torch.isfinite(spread(torch.zeros(1, 1, 9), affinities(x), 4)).all()
 
 
-@pytest.mark.parametrize("size", [(24, 32), (10, 8), (1, 3), (4, 4)], ids=str)
-def test_cells_near_the_edge_are_not_drawn(size):
+@pytest.mark.parametrize("size, margin", [((24, 32), 6), ((13, 32), 4), ((12, 12), 1), ((10, 8), 0), ((1, 3), 0),
+                                          ((12, 200), 5)], ids=str)
+def test_cells_near_the_edge_are_not_drawn_where_enough_others_are(size, margin):
     inside = torch.zeros(size, dtype=torch.bool)
-    margins = [min(6, side // 4) for side in size]
     for y in range(size[0]):
         for x in range(size[1]):
-            inside[y, x] = margins[0] <= y < size[0] - margins[0] and margins[1] <= x < size[1] - margins[1]
+            inside[y, x] = margin <= y < size[0] - margin and margin <= x < size[1] - margin
     assert inner_cells(size).tolist() == inside.flatten().nonzero()[:, 0].tolist()
     features = {"layer2": torch.arange(size[0] * size[1]).expand(1, 128, -1).reshape(1, 128, *size).float(),
                 "layer3": torch.zeros(1, 256, *size)}

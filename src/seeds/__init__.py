@@ -48,5 +48,5 @@ def attach(classifier: Classifier, record: dict[str, object]) -> None:
 def check_fitted(record: dict[str, object]) -> None:
     """UserError for a classifier whose seed is still to be fitted: its maps are zeros.  record: see `attach`."""
     name = record.get("seed", {}).get("name", "cam")
-    if seed_class(name).closed_form and not record["state"]["seed.weight"].any():
+    if not seed_class(name).is_fitted(record["state"]):
         raise UserError(f"the checkpoint's {name} was never fitted, as its step 1 was stopped before; run step 1 again")

@@ -91,6 +91,11 @@ class Seed(nn.Module):
         """
         return ()
 
+    @classmethod
+    def is_fitted(cls, state: Mapping[str, torch.Tensor]) -> bool:
+        """Whether `fit` was called, if `closed_form`.  state: of the classifier, "seed." before its own tensors."""
+        return True
+
     def fit(self, classifier: Classifier, read: Reader, labels: np.ndarray, seed: int) -> None:
         """Fit the seed's own tensors in closed form (only if `closed_form`).
 

@@ -86,6 +86,10 @@ class Mixture(Seed):
         """background, fits: of a record without them, the numbers of the time when records did not hold them."""
         return cls(classifier, depths, background, fits)
 
+    @classmethod
+    def is_fitted(cls, state: Mapping[str, torch.Tensor]) -> bool:
+        return bool(state["seed.weight"].any())
+
     # --- maps of an image --------------------------------------------------------------------------------------------
 
     def maps(self, classifier: Classifier, features: Mapping[str, torch.Tensor], cam: torch.Tensor,
@@ -277,8 +281,11 @@ def drawn_images(labels: np.ndarray, most: int, rng: np.random.Generator) -> lis
 
 
 def inner_cells(size: Size) -> torch.Tensor:
-    """Positions, in a flattened grid, of the cells EDGE or more from its edge; of a small grid, of its middle half."""
-    rows, columns = (slice(min(EDGE, side // 4), side - min(EDGE, side // 4)) for side in size)
+    """Flat positions of the cells EDGE or more from the edge of a grid; less where CELLS would not be left."""
+    margin = EDGE
+    while margin and (2 * margin >= min(size) or (size[0] - 2 * margin) * (size[1] - 2 * margin) < CELLS):
+        margin -= 1
+    rows, columns = (slice(margin, side - margin) for side in size)
     return torch.arange(size[0] * size[1]).view(*size)[rows, columns].flatten()
 
 
