@@ -248,7 +248,7 @@ def test_stage_1_starts_from_imagenet_weights_and_fits_the_mixture(readme):
     assert "resnet50-0676ba61.pth: ImageNet weights, into resnet50" in said, said
     assert "method=mixture" in said and "Mixture: fitted to" in said, said
     assert checkpoint(readme.folder / "output/stage1_resnet50/model_best.pth.tar")["networks"]["classifier"]["seed"] \
-        == {"name": "mixture", "depths": [], "background": 12, "fits": 4}
+        == {"name": "mixture", "depths": [], "background": 12, "fits": 6}
 
 
 def test_stage_2_starts_from_the_classifier_of_stage_1(readme):

@@ -294,44 +294,6 @@ def test_a_checkpoint_from_before_the_record_held_them_has_6_background_componen
     assert np.isfinite(map_of(network, items[0])).all()
 
 
-def test_a_leak_is_how_much_likelier_a_class_is_in_images_with_it_than_in_others():
-    rng = torch.Generator().manual_seed(3)
-    network, _ = classifier(classes=4)
-    seed = network.seed
-    seed.weight.copy_(torch.randn(seed.weight.shape, generator=rng) / 20)
-    seed.bias.copy_(torch.randn(seed.bias.shape, generator=rng))
-    cells = torch.randn(30, seed.weight.shape[2], generator=rng)
-    own = torch.rand(30, 4, generator=rng) < 0.5
-    own[:, 2], own[:, 3] = True, False  # a class of all images and one of none say nothing
-    leaks = []
-    for k in (0, 1):
-        present, absent = [], []
-        for i in range(30):
-            densities = np.exp((seed.weight[0].double() @ cells[i].double() + seed.bias[0].double()).numpy())
-            first = BACKGROUND + PER_CLASS * k
-            (present if own[i, k] else absent).append(densities[first:first + PER_CLASS].sum() / densities.sum())
-        leaks.append(np.log(np.mean(absent) / np.mean(present)))
-    found = seed._leak(cells, own)
-    assert abs(found - np.mean(leaks)) < 1e-4, f"{found} instead of {np.mean(leaks)}"
-    assert seed._leak(cells, own[:, 2:].repeat(1, 2)) == 0, "no class tells anything"
-
-
-def test_the_fits_that_leak_least_are_kept(monkeypatch):
-    network, _ = classifier()
-    items, leaks = scenes(6), [5.0, 1.0, 7.0, 0.5, 9.0, 8.0, 3.0, 6.0, 2.0, 4.0, 10.0, 11.0]
-    tried = []
-
-    def maximise(seed, *_):
-        seed.weight[0] = len(tried) // (module.REFITS + 1)
-        tried.append(None)
-        return 0.5
-
-    monkeypatch.setattr(Mixture, "_maximise", maximise)
-    monkeypatch.setattr(Mixture, "_leak", lambda seed, *_: leaks[int(seed.weight[0, 0, 0])])
-    network.seed.fit(network, reader(items), labels_of(items), seed=0)
-    assert network.seed.weight[:, 0, 0].tolist() == [3, 1, 8, 6], network.seed.weight[:, 0, 0]
-
-
 def test_depths_are_chosen_by_name_and_a_wrong_name_is_refused():
     network, _ = classifier(["layer3"])
     assert network.seed.weight.shape == (FITS, BACKGROUND + 2 * PER_CLASS, 256), tuple(network.seed.weight.shape)

@@ -27,7 +27,7 @@ from utils.grids import Size, resize_tensor
 from utils.log import say
 
 BACKGROUND, PER_CLASS = 12, 2  # components, of all classes together and of each
-TRIES, FITS = 12, 4  # fits from different starts, and how many are kept: EM ends where it began, at times in scenery
+FITS = 6           # from different starts; their posteriors are averaged, as EM ends where it began
 CELLS = 96         # of an image, drawn at random
 EDGE = 6           # cells from the edge that are not drawn: the network's padding bends them, and most are background
 IMAGES = 1400      # at most, which bounds the memory of the fit: 0.3 GB at 416 channels
@@ -170,21 +170,17 @@ class Mixture(Seed):
         links = [affinities(one.T[None, self.shallow]) for one, *_ in samples]
         home = self.weight.device
         self.cpu()  # as the samples are
-        found = []
-        for _ in range(TRIES):
+        shares = []
+        for fit in range(self.fits):
             before = prior
             for refit in range(REFITS + 1):
                 if refit:
-                    before = self._own_prior(cells, before, own, links)
-                share = self._maximise(cells, before, own, rng)
-            found.append((self._leak(cells, own), share, self.weight[0].clone(), self.bias[0].clone()))
-        best = sorted(found, key=lambda one: one[0])[:self.fits]
-        for fit, (_, _, weight, bias) in enumerate(best):
-            self.weight[fit], self.bias[fit] = weight, bias
+                    before = self._own_prior(cells, before, own, links, fit)
+                share = self._maximise(cells, before, own, rng, fit)
+            shares.append(f"{share:.0%}")
         self.to(home)
-        shares = ", ".join(f"{share:.0%}" for _, share, _, _ in best)
-        say(f"Mixture: fitted to {len(cells)} cells of {len(samples)} images; foreground by each of the best "
-            f"{self.fits} of {TRIES} fits: {shares}")
+        say(f"Mixture: fitted to {len(cells)} cells of {len(samples)} images; foreground by each of {self.fits} fits: "
+            f"{', '.join(shares)}")
 
     def _sample(self, features: Mapping[str, torch.Tensor], cam: torch.Tensor, keys: np.ndarray,
                 draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -203,37 +199,20 @@ class Mixture(Seed):
         own[:, torch.from_numpy(keys)] = True
         return cells.flatten(2)[0].T[chosen].cpu(), prior[0].T[chosen].cpu() * own, own
 
-    def _leak(self, cells: torch.Tensor, own: torch.Tensor) -> float:
-        """How often the first fit finds a class where labels say that it is not; it needs no mask to be told.
-
-        The mean over classes of log (mean posterior in images without the class / in those with it), where every class
-        is allowed and there is no prior.  A class whose components took to scenery fires on that of others too.
-        """
-        inside, outside = torch.zeros(self.classes), torch.zeros(self.classes)
-        for x, allowed in zip(cells.split(CHUNK), own.split(CHUNK)):
-            inner, outer = self._densities(x.T[None], 0)
-            share = torch.cat([outer, inner], dim=1)[0].softmax(dim=0)[1:].T  # (n, K)
-            inside += (share * allowed).sum(dim=0)
-            outside += (share * ~allowed).sum(dim=0)
-        count = own.sum(dim=0)
-        told = (count > 0) & (count < len(own))  # classes of some images, but not of all
-        ratio = (outside / (len(own) - count) / (inside / count).clamp(min=1e-12))[told]
-        return ratio.clamp(min=1e-12).log().mean().item() if told.any() else 0.0
-
-    def _own_prior(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, links: Sequence[torch.Tensor]
-                   ) -> torch.Tensor:
-        """The prior (n, K) of the sampled cells from the first fit's posterior, spread among an image's sampled cells.
+    def _own_prior(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, links: Sequence[torch.Tensor],
+                   fit: int) -> torch.Tensor:
+        """The prior (n, K) of the sampled cells from a fit's posterior, spread among an image's sampled cells.
 
         links: the affinities (1, n_i, n_i) of each image's n_i cells.
         """
-        found = [binary_posterior(*self._densities(x.T[None], 0), before.T[None])
+        found = [binary_posterior(*self._densities(x.T[None], fit), before.T[None])
                  for x, before in zip(cells.split(CHUNK), prior.split(CHUNK))]
         parts = torch.cat(found, dim=2).split([len(link[0]) for link in links], dim=2)
         return torch.cat([spread(part, link) for part, link in zip(parts, links)], dim=2)[0].T * own
 
-    def _maximise(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, rng: np.random.Generator
-                  ) -> float:
-        """EM from the prior: sets `weight` and `bias` of the first fit.  Returns the share of foreground."""
+    def _maximise(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, rng: np.random.Generator,
+                  fit: int) -> float:
+        """EM from the prior: sets `weight` and `bias` of a fit.  Returns the share of foreground."""
         mean = cells.mean(dim=0)
         cells = cells - mean
         scatter, count = cells.T @ cells, len(cells)
@@ -246,8 +225,8 @@ class Mixture(Seed):
             bias = torch.where(counts > 1e-3, bias, NEVER)
             counts, sums = self._expect(cells, prior, own, weight, bias)
             scatter_used = scatter
-        self.weight[0] = weight
-        self.bias[0] = (bias - weight @ mean).clamp(min=NEVER)
+        self.weight[fit] = weight
+        self.bias[fit] = (bias - weight @ mean).clamp(min=NEVER)
         return (counts[self.background:].sum() / count).item()
 
     def _expect(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, weight: torch.Tensor,
