@@ -55,8 +55,8 @@ class _Pipeline:
     def __init__(self, payload: dict, maps: MapConfig, machine: Machine, crf_preset: str):
         self.records, self.classes, self.maps, self.machine = payload["networks"], payload["classes"], maps, machine
         self.crf_preset = crf_preset
-        if "classifier" in self.records:
-            check_fitted(self.records["classifier"])
+        for record in self.records.values():
+            check_fitted(record)
 
     @classmethod
     def load(cls, path: str, device: str = "auto", precision: str = "auto", **changes: object) -> Self:

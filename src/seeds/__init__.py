@@ -46,7 +46,12 @@ def attach(classifier: Classifier, record: dict[str, object]) -> None:
 
 
 def check_fitted(record: dict[str, object]) -> None:
-    """UserError for a classifier whose seed is still to be fitted: its maps are zeros.  record: see `attach`."""
-    name = record.get("seed", {}).get("name", "cam")
+    """UserError for a classifier whose seed is still to be fitted: its maps are zeros.
+
+    record: of any network; only one with a seed is looked at.
+    """
+    if "seed" not in record:
+        return
+    name = record["seed"]["name"]
     if not seed_class(name).is_fitted(record["state"]):
         raise UserError(f"the checkpoint's {name} was never fitted, as its step 1 was stopped before; run step 1 again")

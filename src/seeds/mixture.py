@@ -170,13 +170,15 @@ class Mixture(Seed):
         links = [affinities(one.T[None, self.shallow]) for one, *_ in samples]
         home = self.weight.device
         self.cpu()  # as the samples are
-        shares = []
+        mean = cells.mean(dim=0)
+        centred = cells - mean
+        scatter, shares = centred.T @ centred, []
         for fit in range(self.fits):
             before = prior
             for refit in range(REFITS + 1):
                 if refit:
                     before = self._own_prior(cells, before, own, links, fit)
-                share = self._maximise(cells, before, own, rng, fit)
+                share = self._maximise(centred, mean, scatter, before, own, rng, fit)
             shares.append(f"{share:.0%}")
         self.to(home)
         say(f"Mixture: fitted to {len(cells)} cells of {len(samples)} images; foreground by each of {self.fits} fits: "
@@ -210,12 +212,12 @@ class Mixture(Seed):
         parts = torch.cat(found, dim=2).split([len(link[0]) for link in links], dim=2)
         return torch.cat([spread(part, link) for part, link in zip(parts, links)], dim=2)[0].T * own
 
-    def _maximise(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, rng: np.random.Generator,
-                  fit: int) -> float:
-        """EM from the prior: sets `weight` and `bias` of a fit.  Returns the share of foreground."""
-        mean = cells.mean(dim=0)
-        cells = cells - mean
-        scatter, count = cells.T @ cells, len(cells)
+    def _maximise(self, cells: torch.Tensor, mean: torch.Tensor, scatter: torch.Tensor, prior: torch.Tensor,
+                  own: torch.Tensor, rng: np.random.Generator, fit: int) -> float:
+        """EM from the prior: sets `weight` and `bias` of a fit.  Returns the share of foreground.
+
+        cells: (n, D) less their mean (D,).  scatter: (D, D), the sum of their outer products.
+        """
         counts, sums, scatter_used = start(cells, prior, own, scatter, self.background, rng)
         for _ in range(ROUNDS):
             means = sums / counts.clamp(min=1e-6)[:, None]  # (C, D)
@@ -227,7 +229,7 @@ class Mixture(Seed):
             scatter_used = scatter
         self.weight[fit] = weight
         self.bias[fit] = (bias - weight @ mean).clamp(min=NEVER)
-        return (counts[self.background:].sum() / count).item()
+        return (counts[self.background:].sum() / len(cells)).item()
 
     def _expect(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, weight: torch.Tensor,
                 bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
