@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from utils import log
 from utils.errors import UserError
 from utils.parallel import IN_FLIGHT, ONE_THREAD, item_name, map_parallel
 
@@ -77,6 +78,19 @@ def birth_environment(item):
     """The environment the process was started with, before its first import."""
     entries = Path("/proc/self/environ").read_text().split("\0")
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def shown_level(item):
+    return log.level()
+
+
+def test_workers_print_what_log_level_says_and_no_more():
+    log.set_level("error")
+    try:
+        found = list(map_parallel(shown_level, range(2), 2, "levels"))
+    finally:
+        log.set_level("info")
+    assert found == ["error"] * 2, found
 
 
 def test_results_come_in_order_from_several_processes():

@@ -34,6 +34,11 @@ def set_level(level: str) -> None:
     _shown["level"] = level
 
 
+def level() -> str:
+    """What `set_level` was last told, for a process that this one starts."""
+    return _shown["level"]
+
+
 def shows(level: str) -> bool:
     """Whether lines of a level are printed."""
     return LEVELS.index(level) <= LEVELS.index(_shown["level"])

@@ -21,6 +21,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
+from utils import log
 from utils.errors import UserError
 from utils.log import progress
 
@@ -139,7 +140,8 @@ def _processes(function: Callable[[Item], Result], workers: int,
         with _worker_birth():
             for _ in range(workers):
                 ours, theirs = context.Pipe()
-                processes.append(context.Process(target=_work, args=(function, description, theirs), daemon=True))
+                processes.append(context.Process(target=_work, args=(function, description, log.level(), theirs),
+                                                 daemon=True))
                 processes[-1].start()
                 theirs.close()  # the worker has its own: once it ends, reading from `ours` does too
                 free.put(ours)
@@ -177,8 +179,9 @@ def _worker_birth() -> Iterator[None]:
             block(signal.SIG_SETMASK, mask)
 
 
-def _work(function: Callable[[Item], Result], description: str, pipe: Connection) -> None:
+def _work(function: Callable[[Item], Result], description: str, level: str, pipe: Connection) -> None:
     """What a worker does: receives items, and sends (result, None, None) or (None, error, its traceback as text)."""
+    log.set_level(level)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # an exception removes half-written files
     threading.Thread(target=_end_with_parent, daemon=True).start()
