@@ -1,4 +1,4 @@
-"""Feature maps of a split's images by a frozen backbone, and what one pass over them keeps for the next."""
+"""Feature maps of a split's images by a frozen backbone, and what one pass over them keeps for later ones."""
 import copy
 import heapq
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -19,24 +19,31 @@ Maps = dict[str, torch.Tensor]
 
 
 class Kept:
-    """Feature maps of chosen images in memory, as many as fit: a second pass needs no network for them.
+    """Feature maps of chosen images in memory, as many as fit: a later pass needs no network for them.
 
-    names: of the maps that are kept.  wanted: positions, in the split, of the images that a later pass reads.
+    names: of the maps that are kept.  wanted: ids of the images that a later pass reads.
     """
 
-    def __init__(self, names: Iterable[str] = (), wanted: Collection[int] = ()):
+    def __init__(self, names: Iterable[str] = (), wanted: Collection[str] = ()):
         self.names, self.wanted, self.room, self.maps = tuple(names), set(wanted), MEMORY, {}
 
-    def offer(self, position: int, maps: Maps) -> None:
+    def offer(self, image_id: str, maps: Maps) -> None:
         """Keep the maps of an image if they are wanted and there is room."""
-        if position not in self.wanted:
+        if image_id not in self.wanted:
             return
         size = sum(maps[name].nbytes for name in self.names)
         if size > self.room:
             self.wanted = set()  # no later image either: those that are read anew are then read in one go
             return
         self.room -= size
-        self.maps[position] = {name: maps[name].cpu() for name in self.names}
+        self.maps[image_id] = {name: maps[name].cpu() for name in self.names}
+
+    def take(self, image_ids: Sequence[str], device: torch.device) -> Maps | None:
+        """Give up the maps (B, D, h, w) of images of one size, for their last use; None unless all are there."""
+        if not all(image_id in self.maps for image_id in image_ids):
+            return None
+        taken = [self.maps.pop(image_id) for image_id in image_ids]
+        return {name: torch.cat([maps[name] for maps in taken]).to(device) for name in self.names}
 
 
 class Features:
@@ -58,7 +65,8 @@ class Features:
 
         what: for the progress line.
         """
-        known, unknown = ([i for i in positions if (i in self.kept.maps) == there] for there in (True, False))
+        ids = self.dataset.ids
+        known, unknown = ([i for i in positions if (ids[i] in self.kept.maps) == there] for there in (True, False))
         yield from heapq.merge(self._known(known), self._seen(unknown, what), key=lambda pair: pair[0])
 
     def reader(self, what: str) -> Reader:
@@ -73,7 +81,8 @@ class Features:
 
     def _known(self, positions: Sequence[int]) -> Iterator[tuple[int, Maps]]:
         for position in positions:
-            yield position, {name: one.to(self.machine.device) for name, one in self.kept.maps[position].items()}
+            maps = self.kept.maps[self.dataset.ids[position]]
+            yield position, {name: one.to(self.machine.device) for name, one in maps.items()}
 
     def _seen(self, positions: Sequence[int], what: str) -> Iterator[tuple[int, Maps]]:
         if not positions:
@@ -83,5 +92,5 @@ class Features:
             view = item["views"][0][None].to(self.machine.device, memory_format=torch.channels_last)
             with self.machine.autocast():
                 maps = self.classifier.backbone(view)
-            self.kept.offer(positions[item["index"]], maps)
+            self.kept.offer(images.dataset.ids[item["index"]], maps)
             yield positions[item["index"]], maps

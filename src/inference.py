@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from src.features import Kept
 from src.masks import MaskConfig, decide, full_size, write_mask
 from src.pipeline import DeepLabPipeline, Pipeline
 from src.records import record_hash
@@ -48,14 +49,17 @@ def cam_folder(path: str | Path, pipeline: Pipeline, overwrite: bool) -> Folder:
     return Folder(path, "cam", ".npz", identity, pipeline.maps.labels == "gt", overwrite)
 
 
-def make_cams(pipeline: Pipeline, dataset: Dataset, folder: Folder, record: dict[str, object], keep: bool = False
-              ) -> Dataset:
-    """Write the CAM of every image of a split that is not there yet.  record, keep: see `map_split`."""
-    keys_of = known_keys(dataset, folder.labels)
+def make_cams(pipeline: Pipeline, dataset: Dataset, folder: Folder, record: dict[str, object], keep: bool = False,
+              kept: Kept | None = None) -> Dataset:
+    """Write the CAM of every image of a split that is not there yet.
+
+    record, keep: see `map_split`.  kept: feature maps by the same backbone, of the images at scale 1; they are used up.
+    """
+    keys_of, kept = known_keys(dataset, folder.labels), kept or Kept()
 
     def make(items: list[dict], ids: list[str]) -> None:
         cams = pipeline.cams([item["views"] for item in items], [item["size"] for item in items],
-                             [keys_of(image_id) for image_id in ids])
+                             [keys_of(image_id) for image_id in ids], kept.take(ids, pipeline.machine.device))
         for image_id, cam in zip(ids, cams):
             save_cam(folder.path, image_id, cam.keys, cam.maps, cam.size)
     return map_split(dataset, folder, lambda pending: through_network(pending, pipeline.cam_views(), make,

@@ -179,14 +179,18 @@ class Pipeline(_Pipeline):
 
     # --- several images of one size at once, as a split's steps have them -------------------------------------------
 
-    def cams(self, views: Sequence[Sequence[torch.Tensor]], sizes: Sequence[Size], keys: Sequence[np.ndarray | None]
-             ) -> list[Cam]:
+    def cams(self, views: Sequence[Sequence[torch.Tensor]], sizes: Sequence[Size], keys: Sequence[np.ndarray | None],
+             known: dict[str, torch.Tensor] | None = None) -> list[Cam]:
         """CAMs of images whose views have equal sizes.
 
         views: of each image, what `cam_views` gives.  sizes: of the images.  keys: of each, its known classes, or None
         for those that the classifier predicts: every class of positive logit, the likeliest at least.
+        known: the feature maps of the images at scale 1, unflipped, if an earlier pass has kept them.
         """
-        scales = [self._look(list(scale), flips) for scale, flips in zip(zip(*views), self.maps.flips())]
+        plain = [known if scale == 1 and flips == (False,) else None
+                 for scale, flips in zip(self.maps.scales, self.maps.flips())]
+        scales = [self._look(list(scale), flips, features)
+                  for scale, flips, features in zip(zip(*views), self.maps.flips(), plain)]
         logits = (sum(one.mean(dim=1) for one, _ in scales) / len(scales)).cpu().numpy()  # (B, K)
         found = []
         for i, (size, known) in enumerate(zip(sizes, keys)):
@@ -198,18 +202,19 @@ class Pipeline(_Pipeline):
         return found
 
     @torch.no_grad()
-    def _look(self, views: list[torch.Tensor], flips: tuple[bool, ...]
+    def _look(self, views: list[torch.Tensor], flips: tuple[bool, ...], known: dict[str, torch.Tensor] | None
               ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Logits (B, V, K), and the seed's maps (B, V, C, h, w), float32 on the device, of images of one size.
 
         views: B normalised images (3, H, W).  flips: for each of V views of an image, whether the network sees it
-        flipped; its maps are flipped back.
+        flipped; its maps are flipped back.  known: the backbone's maps of these, if it need not run.
         """
         batch, found = _flipped(views, flips), []
-        for images in batch.split(max(1, PIXELS[self.machine.device.type] // batch[0, 0].numel())):
+        most = max(1, PIXELS[self.machine.device.type] // batch[0, 0].numel()) if known is None else len(batch)
+        for images in batch.split(most):
             images = images.to(self.machine.device, memory_format=torch.channels_last)
             with self.machine.autocast():
-                features = self.classifier.backbone(images)
+                features = self.classifier.backbone(images) if known is None else known
                 cam = self.classifier.cam(features)
                 maps = self.classifier.seed.maps(self.classifier, features, cam, images)
             found.append((cam.mean(dim=(2, 3)), *maps))

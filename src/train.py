@@ -143,7 +143,7 @@ def run_stage1(dataset: Dataset, plan: ClassifierPlan, machine: Machine, out: Pa
         return {"classes": list(dataset.classes), "networks": {"classifier": pack(network, **how)}}
     # Rank 0 alone fits the seed, whose samples are one stream of random numbers: the others keep nothing for it.
     wanted = network.seed.wanted(dataset.labels, config.seed) if plan.head_only and distributed.is_main() else ()
-    kept = Kept((*network.seed.depths, network.last), wanted)
+    kept = Kept((*network.seed.depths, network.last), {dataset.ids[i] for i in wanted})
     if plan.head_only:
         best = _fit_head(network, Features(network, dataset, config.max_size, machine, kept), contents, out, options)
     else:
@@ -154,9 +154,8 @@ def run_stage1(dataset: Dataset, plan: ClassifierPlan, machine: Machine, out: Pa
             record = _fitted(payload["networks"]["classifier"], dataset, config, machine, kept)
             save_checkpoint(best, {**payload, "networks": {"classifier": record}})
         distributed.barrier()
-    del kept  # its memory is the next step's
     pipeline = Pipeline(load_checkpoint(best), plan.maps, WalkConfig(), machine)
-    _write_cams(pipeline, best, dataset, cam_folder(cam_dir, pipeline, bool(options["overwrite"])), options)
+    _write_cams(pipeline, best, dataset, cam_folder(cam_dir, pipeline, bool(options["overwrite"])), options, kept)
 
 
 def _train_classifier(network: Network, dataset: Dataset, contents: Callable[[], dict[str, object]],
@@ -227,10 +226,14 @@ def adopt_classifier(payload: dict, pipeline: Pipeline, path: Path, dataset: Dat
     _write_cams(pipeline, path, dataset, folder, options)
 
 
-def _write_cams(pipeline: Pipeline, path: Path, dataset: Dataset, folder: Folder, options: Options) -> None:
-    """The CAMs of a split; their record names the checkpoint `path`, which step 2 takes the classifier from."""
+def _write_cams(pipeline: Pipeline, path: Path, dataset: Dataset, folder: Folder, options: Options,
+                kept: Kept | None = None) -> None:
+    """The CAMs of a split; their record names the checkpoint `path`, which step 2 takes the classifier from.
+
+    kept: see `make_cams`.
+    """
     record = {"options": {**options, "model_path": str(path)}, **environment(pipeline.machine.device)}
-    made = make_cams(pipeline, dataset, folder, record)
+    made = make_cams(pipeline, dataset, folder, record, kept=kept)
     print(f"Wrote {len(made)} CAMs to {folder.path}")
 
 

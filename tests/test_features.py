@@ -4,13 +4,16 @@ import pytest
 import torch
 
 from data.make_toy import make_toy
-from models.weights import build_network
+from models.weights import build_network, pack
 from src import features as module
 from src.features import Features, Kept
+from src.inference import cam_folder, make_cams
+from src.pipeline import Pipeline
 from src.seeds import attach
-from utils.config import DataConfig, Machine
+from utils.config import DataConfig, Machine, MapConfig, WalkConfig
 from utils.datasets import open_dataset
 from utils.errors import ImageError
+from utils.files import load_cam
 
 NAMES = ("layer2", "layer3", "layer4")
 
@@ -33,6 +36,10 @@ def network():
     return build_network(kind="classifier", backbone="resnet18", classes=3).eval()
 
 
+def ids_at(split, *positions):
+    return [split.ids[i] for i in positions]
+
+
 def passes(network, split, kept, second, skip_bad=False):
     """What the second of two passes reads at some positions, as lists; the first is over the whole split."""
     machine = Machine(torch.device("cpu"), skip_bad=skip_bad)
@@ -49,17 +56,17 @@ def same(one, other):
 def test_a_second_pass_is_the_same_however_much_was_kept(network, split, monkeypatch, room):
     (maps, _, _), *_ = passes(network, split, None, [0])
     monkeypatch.setattr(module, "MEMORY", room * sum(maps[name].nbytes for name in NAMES))
-    kept, second = Kept(NAMES, range(7)), [0, 1, 2, 4, 5, 6]
+    kept, second = Kept(NAMES, split.ids), [0, 1, 2, 4, 5, 6]
     found = passes(network, split, kept, second)
     assert len(kept.maps) == room, f"{len(kept.maps)} images were kept, there was room for {room}"
     assert len(found) == 6 and same(found, passes(network, split, None, second)), "the passes differ"
 
 
 def test_what_is_kept_is_not_computed_again(network, split, monkeypatch):
-    kept = Kept(NAMES, [1, 2, 5])
+    kept = Kept(NAMES, ids_at(split, 1, 2, 5))
     machine = Machine(torch.device("cpu"))
     list(Features(network, split, 96, machine, kept).reader("first")(range(7)))
-    assert sorted(kept.maps) == [1, 2, 5], sorted(kept.maps)
+    assert list(kept.maps) == ids_at(split, 1, 2, 5), list(kept.maps)
     asked = []
     monkeypatch.setattr(type(split), "photo", lambda self, index, used: asked.append(index) or 1 / 0)
     again = [keys.tolist() for _, _, keys in Features(network, split, 96, machine, kept).reader("second")([1, 2, 5])]
@@ -67,7 +74,7 @@ def test_what_is_kept_is_not_computed_again(network, split, monkeypatch):
 
 
 def test_the_second_pass_has_the_cams_of_the_new_head(network, split):
-    kept, machine = Kept(NAMES, range(7)), Machine(torch.device("cpu"))
+    kept, machine = Kept(NAMES, split.ids), Machine(torch.device("cpu"))
     list(Features(network, split, 96, machine, kept).reader("first")(range(7)))
     other = build_network(kind="classifier", backbone="resnet18", classes=3).eval()
     other.backbone.load_state_dict(network.backbone.state_dict())
@@ -79,13 +86,37 @@ def test_a_damaged_image_is_left_out_of_both_passes(network, tmp_path):
     make_toy(tmp_path, train=7, test=1, classes=3, size=64)
     split = open_dataset(DataConfig("pet", str(tmp_path)))
     split.image_path(3).write_bytes(b"no image")
-    kept = Kept(NAMES, [1, 3, 6])
+    kept = Kept(NAMES, ids_at(split, 1, 3, 6))
     found = passes(network, split, kept, [1, 2, 3, 4, 6], skip_bad=True)
-    assert sorted(kept.maps) == [1, 6] and len(found) == 4, (sorted(kept.maps), len(found))
+    assert list(kept.maps) == ids_at(split, 1, 6) and len(found) == 4, (list(kept.maps), len(found))
     whole = split.subset([1, 2, 4, 6])
     assert same(found, passes(network, whole, None, range(4))), "others came instead"
     with pytest.raises(ImageError):
         passes(network, split, None, [0])
+
+
+@pytest.mark.parametrize("scales, alternate, saved", [((1.0, 1.5), True, 3), ((1.5, 1.0), True, 0),
+                                                      ((0.5, 1.5), True, 0), ((1.0,), False, 0)])
+def test_cams_from_kept_features_have_the_same_bits_and_run_the_backbone_less(split, tmp_path, scales, alternate,
+                                                                              saved):
+    torch.manual_seed(0)
+    own = build_network(kind="classifier", backbone="resnet18", classes=3).eval()
+    attach(own, {"name": "cam"})
+    machine = Machine(torch.device("cpu"))
+    record = pack(own, kind="classifier", backbone="resnet18", classes=3, seed={"name": "cam"})
+    payload = {"classes": list(split.classes), "networks": {"classifier": record}}
+    runs = {}
+    for name, wanted in (("alone", ()), ("kept", ids_at(split, 0, 3, 6))):
+        kept = Kept(("layer4",), wanted)
+        list(Features(own, split, 96, machine, kept).reader("features")(range(7)))
+        pipeline, seen = Pipeline(payload, MapConfig(scales, True, "gt", 96, alternate), WalkConfig(), machine), []
+        pipeline.classifier.backbone.register_forward_hook(lambda net, images, maps: seen.append(images[0].shape))
+        make_cams(pipeline, split, cam_folder(tmp_path / name, pipeline, False), {"options": {}}, kept=kept)
+        runs[name] = seen, [load_cam(tmp_path / name, image_id) for image_id in split.ids]
+    (all_passes, alone), (fewer, found) = runs["alone"], runs["kept"]
+    assert len(all_passes) - len(fewer) == saved, f"{len(all_passes)} and {len(fewer)} passes"
+    assert all(np.array_equal(a, b) for one, other in zip(alone, found) for a, b in zip(one, other)), "other CAMs"
+    assert not kept.maps or not saved, f"{len(kept.maps)} are still held"
 
 
 def test_a_mixture_wants_the_images_that_its_fit_reads(network):
