@@ -3,6 +3,7 @@
 Everything is measured in this run: seed, walk and mask on the toy training split (image labels known), DeepLab on the
 toy test split (nothing known).  Writes output/demo/results.json; the pictures lie beside it.
 """
+import argparse
 import json
 import os
 import sys
@@ -45,6 +46,8 @@ def scores(folder: str, stage: str) -> dict[str, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser("python -m benchmarks.demo", description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     os.chdir(ROOT)
     seconds = {"toy data": run(TOY)}
     plan = make_plan(FLAGS.split(), str(DEMO), walk=True)
