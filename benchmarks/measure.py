@@ -1,7 +1,6 @@
 """What benchmarks share: flags, seconds and extra memory of a call, our training step, the table of the results."""
 import argparse
 import contextlib
-import ctypes
 import json
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from utils.config import Machine, TrainConfig
 from utils.errors import UserError
 from utils.options import FLAGS
 from utils.precision import has_bf16
-from utils.runtime import keep_memory, set_memory
+from utils.runtime import keep_memory, release_memory, set_memory
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +64,7 @@ def precisions(device: "torch.device") -> tuple[str, ...]:
 def extra_mb(call: Callable) -> float | None:
     """MB by which a call raises this process's peak of resident memory; None where Linux's /proc is not to be had."""
     # What glibc keeps of freed memory would be taken again without any rise to be seen.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    release_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
     except OSError:

@@ -34,6 +34,7 @@ from utils.loader import TrainingSamples, Views, WholeImages, whole_image_loader
 from utils.log import environment, say, warn
 from utils.metrics import average_precision
 from utils.random_walk import half_disc
+from utils.runtime import release_memory
 from utils.store import Folder, made_of, read_manifest
 from utils.transforms import Augmentation
 
@@ -154,6 +155,7 @@ def run_stage1(dataset: Dataset, plan: ClassifierPlan, machine: Machine, out: Pa
             record = _fitted(payload["networks"]["classifier"], dataset, config, machine, kept)
             save_checkpoint(best, {**payload, "networks": {"classifier": record}})
         distributed.barrier()
+    release_memory()
     pipeline = Pipeline(load_checkpoint(best), plan.maps, WalkConfig(), machine)
     _write_cams(pipeline, best, dataset, cam_folder(cam_dir, pipeline, bool(options["overwrite"])), options, kept)
 

@@ -216,7 +216,7 @@ def test_a_large_split_is_read_in_part_and_cells_are_bounded(monkeypatch):
     asked, sizes = [], []
     network, _ = classifier()
     monkeypatch.setattr(network.seed, "_maximise", lambda cells, *_: sizes.append(len(cells)) or 0.5)
-    monkeypatch.setattr(network.seed, "_own_prior", lambda cells, prior, *_: prior)
+    monkeypatch.setattr(network.seed, "_own_prior", lambda cells, mean, prior, *_: prior)
 
     def read(positions):
         asked.extend(positions)

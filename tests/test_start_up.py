@@ -68,3 +68,25 @@ def test_every_help_comes_without_torch(without_torch):
     for script in ("run_train.py", "run_inference.py", "run_eval.py", "train_deeplab.py", "test_deeplab.py"):
         done = without_torch(script, "--help")
         assert done.returncode == 0 and "--precision {auto,fp32,bf16}" in done.stdout, (script, done.stderr[-300:])
+
+
+RELEASE = """
+import re, sys
+from pathlib import Path
+from utils.runtime import keep_memory, release_memory
+keep_memory()
+import numpy as np
+held, last = [np.ones(4_000_000) for _ in range(8)], np.ones(1)
+del held
+resident = lambda: int(re.search("VmRSS:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+before = resident()
+release_memory()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_freed_memory_that_is_kept_for_the_next_step_can_be_given_back():
+    done = subprocess.run([sys.executable, "-c", RELEASE], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 200, f"{done.stdout.strip()} of 256 MB were given back"

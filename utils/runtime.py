@@ -1,4 +1,5 @@
 """How every script runs: memory and threads are set up before torch is imported, and errors printed in one line."""
+import contextlib
 import ctypes
 import gc
 import os
@@ -23,6 +24,16 @@ def keep_memory() -> bool:
     39 % of a training step.  Without glibc, or on failure, nothing changes.  Returns whether it took effect.
     """
     return set_memory(2**30, 2**31 - 1, 256 << 20)
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system: between stages of a run whose tensors do not fit into each other's place.
+
+    What `keep_memory` keeps would otherwise add to the next stage's.  Without glibc nothing happens.
+    """
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):  # musl and others
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def set_memory(mmap_threshold: int, trim_threshold: int, top_pad: int) -> bool:

@@ -25,6 +25,7 @@ from src.seeds.cam import CamConfig, Plan, Reader, Seed, needs_pretrained, sum_v
 from utils.errors import UserError
 from utils.grids import Size, resize_tensor
 from utils.log import say
+from utils.runtime import release_memory
 
 BACKGROUND, PER_CLASS = 12, 2  # components, of all classes together and of each
 FITS = 6           # from different starts; their posteriors are averaged, as EM ends where it began
@@ -166,22 +167,24 @@ class Mixture(Seed):
         draw = torch.Generator().manual_seed(seed)
         samples = [self._sample(features, cam, keys, draw)
                    for features, cam, keys in read(drawn_images(labels, IMAGES, rng))]
-        cells, prior, own = (torch.cat(parts) for parts in zip(*samples))
         links = [affinities(one.T[None, self.shallow]) for one, *_ in samples]
+        cells, prior, own = (torch.cat(parts) for parts in zip(*samples))
+        del samples
+        release_memory()  # of the network, for the tensors of the fit
         home = self.weight.device
         self.cpu()  # as the samples are
         mean = cells.mean(dim=0)
-        centred = cells - mean
-        scatter, shares = centred.T @ centred, []
+        cells -= mean
+        scatter, shares = cells.T @ cells, []
         for fit in range(self.fits):
             before = prior
             for refit in range(REFITS + 1):
                 if refit:
-                    before = self._own_prior(cells, before, own, links, fit)
-                share = self._maximise(centred, mean, scatter, before, own, rng, fit)
+                    before = self._own_prior(cells, mean, before, own, links, fit)
+                share = self._maximise(cells, mean, scatter, before, own, rng, fit)
             shares.append(f"{share:.0%}")
         self.to(home)
-        say(f"Mixture: fitted to {len(cells)} cells of {len(samples)} images; foreground by each of {self.fits} fits: "
+        say(f"Mixture: fitted to {len(cells)} cells of {len(links)} images; foreground by each of {self.fits} fits: "
             f"{', '.join(shares)}")
 
     def _sample(self, features: Mapping[str, torch.Tensor], cam: torch.Tensor, keys: np.ndarray,
@@ -201,13 +204,13 @@ class Mixture(Seed):
         own[:, torch.from_numpy(keys)] = True
         return cells.flatten(2)[0].T[chosen].cpu(), prior[0].T[chosen].cpu() * own, own
 
-    def _own_prior(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, links: Sequence[torch.Tensor],
-                   fit: int) -> torch.Tensor:
+    def _own_prior(self, cells: torch.Tensor, mean: torch.Tensor, prior: torch.Tensor, own: torch.Tensor,
+                   links: Sequence[torch.Tensor], fit: int) -> torch.Tensor:
         """The prior (n, K) of the sampled cells from a fit's posterior, spread among an image's sampled cells.
 
-        links: the affinities (1, n_i, n_i) of each image's n_i cells.
+        cells: (n, D) less their mean (D,).  links: the affinities (1, n_i, n_i) of each image's n_i cells.
         """
-        found = [binary_posterior(*self._densities(x.T[None], fit), before.T[None])
+        found = [binary_posterior(*self._densities((x + mean).T[None], fit), before.T[None])
                  for x, before in zip(cells.split(CHUNK), prior.split(CHUNK))]
         parts = torch.cat(found, dim=2).split([len(link[0]) for link in links], dim=2)
         return torch.cat([spread(part, link) for part, link in zip(parts, links)], dim=2)[0].T * own
