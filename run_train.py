@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def stage1(parser: flags.Parser, args: argparse.Namespace) -> int:
     """Train the classifier, then write the CAMs."""
+    if args.long_side and args.long_side[0] > args.long_side[1]:
+        parser.error(f"argument --long_side: its minimum {args.long_side[0]} is above its maximum {args.long_side[1]}")
     flags.resolve(parser, args, names=flags.OPENING)
     dataset = open_split(DataConfig.of(vars(args)))
     args.split = dataset.split
@@ -60,16 +62,18 @@ def stage1(parser: flags.Parser, args: argparse.Namespace) -> int:
     args.head_only = args.method == "mixture" if args.head_only is None else args.head_only
     seed, backbone = seed_class(args.method), BackboneConfig.of(vars(args))
     settings = seed.Settings.of(vars(args))
-    args.freeze = train.settled_freeze(seed, settings, backbone, args.pretrained, args.freeze, args.accumulate)
+    args.freeze = train.settled_freeze(seed, settings, backbone, args.pretrained, args.freeze, args.accumulate,
+                                       args.head_only)
     args.output_dir = args.output_dir or str(run_dir("stage1", args.backbone))
-    check_run_dir(args.output_dir, args.resume, args.overwrite)
+    state = "model_best.pth.tar" if args.head_only else "checkpoint.pth.tar"
+    check_run_dir(args.output_dir, args.resume, args.overwrite, state)
     if not args.resume:
         check_free(args.cam_dir, "cam", args.overwrite)
     args.labels = start.settled_labels(args.labels, dataset, default="gt")
     train.check_labelled(dataset)
     machine = start.machine_of(args)
     if args.resume:
-        resumed(Path(args.output_dir) / "checkpoint.pth.tar", "stage1", vars(args))
+        resumed(Path(args.output_dir) / state, "stage1", vars(args))
     if start.begin("Step 1", args, machine, dataset):
         plan = train.ClassifierPlan(backbone, args.pretrained, TrainConfig.of(vars(args)), seed, settings,
                                     MapConfig.of(vars(args)), args.long_side, args.head_only)
@@ -111,6 +115,8 @@ def stage2(parser: flags.Parser, args: argparse.Namespace) -> int:
     args.cam_dir = args.cam_dir or parser.flags["cam_dir"]
     manifest = read_manifest(args.cam_dir, "cam")
     flags.resolve(parser, args, manifest["options"], args.cam_dir, INHERITED)
+    if args.alpha_low > args.alpha_high:
+        parser.error(f"argument --alpha_low: {args.alpha_low:g} is above --alpha_high, {args.alpha_high:g}")
     dataset = open_split(DataConfig.of(vars(args)))
     args.split = dataset.split
     from models.weights import load_model

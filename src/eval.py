@@ -12,6 +12,7 @@ from src.masks import MaskConfig, decide, full_size, mask_path
 from src.scoring import BOX, Stage, Tally, score_split
 from utils import distributed
 from utils.datasets.base import Dataset
+from utils.errors import ImageError
 from utils.files import write_json
 from utils.labels import IGNORE, read_mask
 from utils.maps import foreground_probability
@@ -110,9 +111,12 @@ def save_panels(dataset: Dataset, stages: Sequence[Stage], tallies: Mapping[str,
     worst = [dataset.ids.index(image_id) for image_id in worst_first(dataset.ids, last)[:count]]
     titles = ["image", *(stage.name for stage in stages), "ground truth"]
     for name, chosen in (("panel.png", fixed), ("panel_worst.png", worst)):
-        rows = [_panel_row(dataset, i, stages, how) for i in chosen]
-        names = [f"{dataset.ids[i]}  {last[dataset.ids[i]]:.2f}" for i in chosen]
-        panel(rows, titles, names).save(folder / name)
+        rows = {}
+        for i in chosen:
+            with contextlib.suppress(ImageError):  # masks can be scored without their photo
+                rows[f"{dataset.ids[i]}  {last[dataset.ids[i]]:.2f}"] = _panel_row(dataset, i, stages, how)
+        if rows:
+            panel(list(rows.values()), titles, list(rows)).save(folder / name)
 
 
 def _panel_row(dataset: Dataset, index: int, stages: Sequence[Stage], how: MaskConfig) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ from models.backbone import Network, for_inference
 from src.seeds.cam import Reader
 from utils.config import Machine
 from utils.datasets.base import Dataset
+from utils.errors import UserError
 from utils.loader import Views, WholeImages, whole_image_loader
 from utils.log import progress
 
@@ -25,7 +26,8 @@ class Kept:
     """
 
     def __init__(self, names: Iterable[str] = (), wanted: Collection[str] = ()):
-        self.names, self.wanted, self.room, self.maps = tuple(names), set(wanted), MEMORY, {}
+        self.names, self.wanted = tuple(dict.fromkeys(names)), set(wanted)
+        self.room, self.maps = MEMORY, {}
 
     def offer(self, image_id: str, maps: Maps) -> None:
         """Keep the maps of an image if they are wanted and there is room."""
@@ -40,9 +42,9 @@ class Kept:
 
     def take(self, image_ids: Sequence[str], device: torch.device) -> Maps | None:
         """Give up the maps (B, D, h, w) of images of one size, for their last use; None unless all are there."""
-        if not all(image_id in self.maps for image_id in image_ids):
+        taken = [self.maps.pop(image_id) for image_id in image_ids if image_id in self.maps]
+        if len(taken) < len(image_ids):
             return None
-        taken = [self.maps.pop(image_id) for image_id in image_ids]
         return {name: torch.cat([maps[name] for maps in taken]).to(device) for name in self.names}
 
 
@@ -50,14 +52,16 @@ class Features:
     """Feature maps of a split's images, each whole and at one scale, by the frozen backbone of a classifier.
 
     kept: takes maps of the images that the network sees, and gives those that it has.
+    largest: pixels of the long side that a photo is decoded for, as in the pass that takes over what is kept: a large
+    photo that is decoded at half its size has other pixels.
     """
 
     def __init__(self, classifier: Network, dataset: Dataset, max_size: int, machine: Machine,
-                 kept: Kept | None = None):
+                 kept: Kept | None = None, largest: float | None = None):
         self.classifier = for_inference(copy.deepcopy(classifier.eval()), machine.device)
         self.dataset, self.machine, self.kept = dataset, machine, kept or Kept()
         backbone = self.classifier.backbone
-        self.views = Views((1.0,), max_size, backbone.stride, backbone.normalise)
+        self.views = Views((1.0,), max_size, backbone.stride, backbone.normalise, largest)
 
     @torch.no_grad()
     def maps(self, positions: Sequence[int], what: str) -> Iterator[tuple[int, Maps]]:
@@ -73,10 +77,14 @@ class Features:
         """A `Reader` of the split.  what: for the progress line."""
         @torch.no_grad()
         def read(positions: Sequence[int]) -> Iterator[tuple[Maps, torch.Tensor, np.ndarray]]:
+            position = None
             for position, maps in self.maps(positions, what):
                 with self.machine.autocast():
                     cam = self.classifier.cam(maps)
                 yield maps, cam, np.flatnonzero(self.dataset.labels[position])
+            if position is None:
+                raise UserError(f"none of the {len(positions)} images of {self.dataset.root} that the seed is to be "
+                                "fitted to can be decoded")
         return read
 
     def _known(self, positions: Sequence[int]) -> Iterator[tuple[int, Maps]]:

@@ -101,16 +101,23 @@ def write_mask(item: tuple[str, Dataset], score_dir: Path, folder: Path, how: Ma
     """Write the mask of one image from its score maps, and an overlay to overlays/ if asked.  item: see `write_label`.
     """
     image_id, one = item
-    image, size = (one.image(0), None) if overlays else one.photo(0, how.max_size)
+    image, size = one.photo(0, how.max_size)
     if how.bg_alpha is None:
         keys, scores = load_scores(score_dir, image_id)
     else:
         keys, cam = load_cam(score_dir, image_id)
         scores = with_background(cam, how.bg_alpha)
     mask = decide(image, keys, scores, how.crf, how.max_size, how.bg_threshold, size)
-    if overlays:
-        save_picture(folder / "overlays" / f"{image_id}.png", named_overlay(image, mask, one.classes))
     save_mask(folder / f"{image_id}.png", mask)
+    if overlays:
+        write_overlay(item, folder)
+
+
+def write_overlay(item: tuple[str, Dataset], folder: Path) -> None:
+    """Write a photo with its mask of a folder over it to overlays/ there.  item: see `write_label`."""
+    image_id, one = item
+    mask = read_mask(folder / f"{image_id}.png")
+    save_picture(folder / "overlays" / f"{image_id}.png", named_overlay(one.image(0), mask, one.classes))
 
 
 def missing(mask_dir: str | Path, image_ids: Sequence[str]) -> list[str]:

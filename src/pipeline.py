@@ -202,7 +202,8 @@ class Pipeline(_Pipeline):
         return found
 
     @torch.no_grad()
-    def _look(self, views: list[torch.Tensor], flips: tuple[bool, ...], known: dict[str, torch.Tensor] | None
+    def _look(self, views: list[torch.Tensor], flips: tuple[bool, ...],
+              known: dict[str, torch.Tensor] | None = None
               ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Logits (B, V, K), and the seed's maps (B, V, C, h, w), float32 on the device, of images of one size.
 

@@ -1,4 +1,4 @@
-"""What every script does between its flags and its work: open the split, settle what depends on it, say so."""
+"""What every script does between its flags and its work: settle what depends on data and machine, and say so."""
 import argparse
 import sys
 from pathlib import Path

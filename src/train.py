@@ -1,4 +1,5 @@
 """Stage 1, the CAM classifier, and stage 2, AffinityNet: what is trained, on what, with which loss."""
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,18 +18,19 @@ from src.inference import cam_folder, crf_identity, make_cams
 from src.masks import LabelConfig, write_label
 from src.pipeline import WALK_STRIDE, Pipeline
 from src.records import record_hash
-from src.seeds import attach
+from src.seeds import attach, is_fitted
 from src.seeds.cam import Plan, Seed
 from src.split_map import map_split, through_workers
 from src.training.head import fit_head
 from src.training.loop import MicroBatch, Task, train
+from src.training.resume import check_same_data, data_hash, resumed
 from utils import distributed
 from utils.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
 from utils.config import BackboneConfig, Config, Machine, MapConfig, TrainConfig, WalkConfig
 from utils.datasets.base import Dataset
 from utils.errors import UserError
 from utils.files import sizes_hash, write_json
-from utils.grids import snapped_size
+from utils.grids import largest_view, snapped_size
 from utils.labels import read_mask
 from utils.loader import TrainingSamples, Views, WholeImages, whole_image_loader
 from utils.log import environment, say, warn
@@ -38,6 +40,7 @@ from utils.runtime import release_memory
 from utils.store import Folder, made_of, read_manifest
 from utils.transforms import Augmentation
 
+BEST = "model_best.pth.tar"
 LONG_SIDE = (0.625, 1.25)  # range of the image's long side in crop sizes: 320..640 at crop 512 (IRN)
 Options = Mapping[str, object]  # the flat record of a run's flags: written to files, never read here
 
@@ -105,11 +108,11 @@ class ClassifierPlan:
 
 
 def settled_freeze(seed: type[Seed], settings: Config, backbone: BackboneConfig, pretrained: str, freeze: int | None,
-                   accumulate: int) -> int:
+                   accumulate: int, head_only: bool) -> int:
     """--freeze, by default what the seed method needs; UserError if stage 1 cannot run as planned."""
     with torch.device("meta"):
         blocks = len(build_backbone(**_built(backbone)).blocks())
-    seed.check(Plan(settings, pretrained != "none", blocks, freeze, accumulate))
+    seed.check(Plan(settings, pretrained != "none", blocks, freeze, accumulate, head_only))
     return seed.default_freeze(blocks) if freeze is None else freeze
 
 
@@ -127,6 +130,27 @@ def check_labelled(dataset: Dataset) -> None:
 def run_stage1(dataset: Dataset, plan: ClassifierPlan, machine: Machine, out: Path, cam_dir: Path, options: Options
                ) -> None:
     """Train the classifier in `out`, fit its seed, then write the split's CAMs to `cam_dir`."""
+    best, kept = out / BEST, None
+    if plan.head_only and plan.training.resume and _head_is_made(best, dataset, options):
+        say(f"Resuming with {best}, which is finished: CAMs")
+    else:
+        best, kept = _make_classifier(dataset, plan, machine, out, options)
+    kept = kept if plan.maps.sees_plain() else None
+    release_memory()
+    pipeline = Pipeline(load_checkpoint(best), plan.maps, WalkConfig(), machine)
+    _write_cams(pipeline, best, dataset, cam_folder(cam_dir, pipeline, bool(options["overwrite"])), options, kept)
+
+
+def _head_is_made(path: Path, dataset: Dataset, options: Options) -> bool:
+    """Whether an earlier run has fitted this head and its seed; UserError if it had other options or data, or none."""
+    payload = resumed(path, "stage1", options)
+    check_same_data(payload, path, dataset)
+    return is_fitted(payload["networks"]["classifier"])
+
+
+def _make_classifier(dataset: Dataset, plan: ClassifierPlan, machine: Machine, out: Path, options: Options
+                     ) -> tuple[Path, Kept]:
+    """Train the classifier and fit its seed: the path of model_best, and the features that were kept on the way."""
     config = plan.training
     torch.manual_seed(config.seed)
     how = {"kind": "classifier", **asdict(plan.backbone), "classes": len(dataset.classes), "bias": plan.head_only}
@@ -145,19 +169,21 @@ def run_stage1(dataset: Dataset, plan: ClassifierPlan, machine: Machine, out: Pa
     # Rank 0 alone fits the seed, whose samples are one stream of random numbers: the others keep nothing for it.
     wanted = network.seed.wanted(dataset.labels, config.seed) if plan.head_only and distributed.is_main() else ()
     kept = Kept((*network.seed.depths, network.last), {dataset.ids[i] for i in wanted})
+    largest = largest_view(plan.maps.max_size, plan.maps.scales)
     if plan.head_only:
-        best = _fit_head(network, Features(network, dataset, config.max_size, machine, kept), contents, out, options)
+        features = Features(network, dataset, config.max_size, machine, kept, largest)
+        best = _fit_head(network, features, contents, out, options)
     else:
         best = _train_classifier(network, dataset, contents, plan, machine, out, options)
     if plan.seed.closed_form:
         if distributed.is_main():
             payload = load_checkpoint(best)
-            record = _fitted(payload["networks"]["classifier"], dataset, config, machine, kept)
+            classifier = unpack(payload["networks"]["classifier"], attach)
+            features = Features(classifier, dataset, config.max_size, machine, kept, largest)
+            record = {**payload["networks"]["classifier"], "state": _fitted(classifier, features, config.seed)}
             save_checkpoint(best, {**payload, "networks": {"classifier": record}})
         distributed.barrier()
-    release_memory()
-    pipeline = Pipeline(load_checkpoint(best), plan.maps, WalkConfig(), machine)
-    _write_cams(pipeline, best, dataset, cam_folder(cam_dir, pipeline, bool(options["overwrite"])), options, kept)
+    return best, kept
 
 
 def _train_classifier(network: Network, dataset: Dataset, contents: Callable[[], dict[str, object]],
@@ -182,12 +208,14 @@ def _fit_head(network: Network, features: Features, contents: Callable[[], dict[
 
     Nothing is chosen by held-out images, so none are held out.
     """
-    path, dataset = out / "model_best.pth.tar", features.dataset
+    path, dataset = out / BEST, features.dataset
     pooled, seen = torch.zeros(len(dataset), network.head.in_channels), torch.zeros(len(dataset))
     for position, maps in features.maps(distributed.shard(range(len(dataset))), "features"):
         pooled[position] = maps[network.last].float().mean(dim=(2, 3))[0]
         seen[position] = 1
     pooled, seen = distributed.all_reduce(pooled), distributed.all_reduce(seen).bool()  # each rank has its own rows
+    if not seen.any():
+        raise UserError(f"none of the {len(dataset)} images of split {dataset.split} in {dataset.root} can be decoded")
     if distributed.is_main():
         rows = slice(None) if seen.all() else seen  # a mask would copy them
         weight, bias = fit_head(pooled[rows], torch.from_numpy(dataset.labels)[rows])
@@ -196,7 +224,8 @@ def _fit_head(network: Network, features: Features, contents: Callable[[], dict[
             network.head.bias.copy_(bias)
         record = {"step": "stage1", "options": dict(options)}
         write_json(out / "options.json", {**record, **environment(features.machine.device)})
-        save_checkpoint(path, {**record, "epoch": 0, **contents()})
+        (out / "checkpoint.pth.tar").unlink(missing_ok=True)  # of an earlier training, which must not be resumed here
+        save_checkpoint(path, {**record, "epoch": 0, "data": data_hash(dataset), **contents()})
     distributed.barrier()
     return path
 
@@ -239,13 +268,11 @@ def _write_cams(pipeline: Pipeline, path: Path, dataset: Dataset, folder: Folder
     print(f"Wrote {len(made)} CAMs to {folder.path}")
 
 
-def _fitted(record: dict, dataset: Dataset, config: TrainConfig, machine: Machine, kept: Kept) -> dict:
-    """The classifier's record with its seed fitted in closed form to the split's images.  kept: of an earlier pass."""
-    classifier = unpack(record, attach).to(machine.device, memory_format=torch.channels_last)
-    read = Features(classifier, dataset, config.max_size, machine, kept).reader(f"fitting {classifier.seed.name}")
-    classifier.seed.fit(classifier, read, dataset.labels, config.seed)
-    state = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
-    return {**record, "state": state}
+def _fitted(classifier: Network, features: Features, seed: int) -> dict[str, torch.Tensor]:
+    """The state of a classifier with its seed fitted in closed form.  features: of the split, by its backbone."""
+    classifier.to(features.machine.device, memory_format=torch.channels_last)
+    classifier.seed.fit(classifier, features.reader(f"fitting {classifier.seed.name}"), features.dataset.labels, seed)
+    return {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
 
 
 def _mean_average_precision(network: Network, held: Dataset, max_size: int, machine: Machine) -> dict[str, float]:
@@ -256,6 +283,8 @@ def _mean_average_precision(network: Network, held: Dataset, max_size: int, mach
         return WholeImages(own, Views((1.0,), max_size, backbone.stride, backbone.normalise), skip_bad=machine.skip_bad)
     logits = {image_id: network(view)[0].float().cpu().numpy() for image_id, view, _ in held_out(held, images, machine)}
     logits = distributed.gather_dict(logits, held.ids)
+    if not logits:  # none can be decoded
+        return {"score": math.nan}
     labels = dict(zip(held.ids, held.labels))
     found = average_precision(np.stack(list(logits.values())), np.stack([labels[image_id] for image_id in logits]))
     return {"score": float(np.nan_to_num(found))}

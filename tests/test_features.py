@@ -1,9 +1,13 @@
 """Feature maps of a split: what a pass keeps, and a second pass from it."""
+import copy
+
 import numpy as np
 import pytest
 import torch
+from script_runs import picture
 
 from data.make_toy import make_toy
+from models.backbone import for_inference
 from models.weights import build_network, pack
 from src import features as module
 from src.features import Features, Kept
@@ -12,8 +16,10 @@ from src.pipeline import Pipeline
 from src.seeds import attach
 from utils.config import DataConfig, Machine, MapConfig, WalkConfig
 from utils.datasets import open_dataset
-from utils.errors import ImageError
+from utils.errors import ImageError, UserError
 from utils.files import load_cam
+from utils.grids import largest_view
+from utils.loader import Views
 
 NAMES = ("layer2", "layer3", "layer4")
 
@@ -117,6 +123,33 @@ def test_cams_from_kept_features_have_the_same_bits_and_run_the_backbone_less(sp
     assert len(all_passes) - len(fewer) == saved, f"{len(all_passes)} and {len(fewer)} passes"
     assert all(np.array_equal(a, b) for one, other in zip(alone, found) for a, b in zip(one, other)), "other CAMs"
     assert not kept.maps or not saved, f"{len(kept.maps)} are still held"
+
+
+def test_kept_features_of_a_photo_that_is_decoded_at_half_its_size_are_those_of_the_later_pass(network, tmp_path):
+    make_toy(tmp_path, train=2, test=2, classes=2, size=64)
+    split = open_dataset(DataConfig("pet", str(tmp_path)))
+    picture(split.image_path(0), 300, 420)  # 4.4 times 96: halved for a view of 96 pixels, not for one of 144
+    machine, kept = Machine(torch.device("cpu")), Kept(NAMES, split.ids)
+    maps = MapConfig((1.0, 1.5), True, "gt", 96, True)
+    list(Features(network, split, 96, machine, kept, largest_view(maps.max_size, maps.scales)).reader("first")([0, 1]))
+    views = Views(maps.scales, 96, network.backbone.stride, network.backbone.normalise)
+    folded = for_inference(copy.deepcopy(network))
+    for i, image_id in enumerate(split.ids):
+        with torch.no_grad():
+            seen = folded.backbone(views(split.photo(i, views.largest)[0])[0][None].to(
+                memory_format=torch.channels_last))
+        gap = max((seen[name] - kept.maps[image_id][name]).abs().max().item() for name in NAMES)
+        assert gap == 0, f"photo {i}: features differ by {gap:.1e}"
+
+
+def test_a_fit_without_a_single_image_is_refused_in_one_line(network, tmp_path):
+    make_toy(tmp_path, train=2, test=2, classes=2, size=64)
+    split = open_dataset(DataConfig("pet", str(tmp_path)))
+    for i in range(2):
+        split.image_path(i).write_bytes(b"no image")
+    read = Features(network, split, 96, Machine(torch.device("cpu"), skip_bad=True)).reader("fit")
+    with pytest.raises(UserError, match="none of the 2 images of .* that the seed is to be fitted to can be decoded"):
+        list(read([0, 1]))
 
 
 def test_a_mixture_wants_the_images_that_its_fit_reads(network):

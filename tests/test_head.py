@@ -1,15 +1,22 @@
 """A linear head on stored features: the optimum of its penalised loss, and stage 1 with --head_only."""
 import json
+import math
+import re
 
 import numpy as np
 import pytest
 import torch
-from script_runs import chain, copy, run
+from script_runs import chain, copy, finish, run, start
 
+from data.make_toy import make_toy
 from models.backbone import build_backbone
+from models.weights import build_network
+from src import train
 from src.train import deepest_loaded
 from src.training.head import PENALTY, fit_head
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.config import DataConfig, Machine
+from utils.datasets import open_dataset
 
 
 def data(count=80, channels=6, classes=3):
@@ -119,3 +126,95 @@ def test_masks_come_from_a_checkpoint_of_stage_1_without_a_walk(fitted_heads):
     assert len(masks) == len(list((fitted_heads / "cams_mixture").glob("*.npz"))), f"{len(masks)} masks"
     assert manifest["identity"]["bg_alpha"] == 6.0, manifest["identity"]
     assert not list((fitted_heads / "head_mixture").glob("scores/walk*")), "there was a walk"
+
+
+MIXTURE = ("run_train.py", "--stage", "1", "--backbone", "resnet18", "--pretrained",
+           "output/stage1_resnet18/model_best.pth.tar", "--scales", "1.0", "--workers", "0", "--device", "cpu",
+           "--precision", "fp32", "--output_dir", "head_mixture", "--cam_dir", "cams_mixture")
+
+
+@pytest.fixture
+def stopped(fitted_heads, tmp_path):
+    """A run of step 1 by the mixture that was stopped among its CAMs: (folder, those that were made before)."""
+    copy(fitted_heads, tmp_path, without=("head_cam", "cams_cam", "cams_adopted", "adopted", "masks"))
+    cams = sorted((tmp_path / "cams_mixture").glob("*.npz"))
+    for path in cams[2:]:
+        path.unlink()
+    manifest = json.loads((tmp_path / "cams_mixture/manifest.json").read_text())
+    (tmp_path / "cams_mixture/manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    return tmp_path, cams[:2]
+
+
+def refusal(folder, *command):
+    done = finish(start(folder, *command))
+    assert done.returncode == 1, f"ended with {done.returncode}: {done.stderr}"
+    return done.stderr
+
+
+def bits_of(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.npz"))}
+
+
+def test_a_mixture_that_was_stopped_among_its_cams_goes_on_with_the_missing_ones(stopped, fitted_heads):
+    folder, before = stopped
+    best, times = folder / "head_mixture/model_best.pth.tar", [path.stat().st_mtime_ns for path in before]
+    first = refusal(folder, *MIXTURE)
+    assert "model_best.pth.tar is there already; pass --resume to go on from it, --overwrite" in first, first
+    fitted = best.stat().st_mtime_ns
+    said = run(folder, *MIXTURE, "--resume").stderr
+    assert best.stat().st_mtime_ns == fitted and "features" not in said, said
+    assert [path.stat().st_mtime_ns for path in before] == times, "finished CAMs were made again"
+    assert bits_of(folder / "cams_mixture") == bits_of(fitted_heads / "cams_mixture"), "the CAMs are others"
+
+
+def test_a_mixture_that_was_stopped_before_its_fit_is_fitted_when_it_goes_on(stopped, fitted_heads):
+    folder, _ = stopped
+    best = folder / "head_mixture/model_best.pth.tar"
+    payload = load_checkpoint(best)
+    payload["networks"]["classifier"]["state"]["seed.weight"].zero_()
+    save_checkpoint(best, payload)
+    run(folder, *MIXTURE, "--resume")
+    assert bits_of(folder / "cams_mixture") == bits_of(fitted_heads / "cams_mixture"), "the CAMs are others"
+
+
+@pytest.mark.parametrize("case, words", [
+    ("seed", r"--resume: head_mixture/model_best\.pth\.tar was made with other options \(seed was 0, is 1\)"),
+    ("labels", r"--resume: head_mixture/model_best\.pth\.tar was made from other images or labels than those in data"),
+    ("nothing", r"--resume: there is no head_mixture/model_best\.pth\.tar to go on from; leave --resume out")])
+def test_a_mixture_does_not_go_on_with_another_run(stopped, case, words):
+    folder, _ = stopped
+    best = folder / "head_mixture/model_best.pth.tar"
+    if case == "labels":
+        save_checkpoint(best, {**load_checkpoint(best), "data": "0" * 16})
+    if case == "nothing":
+        best.unlink()
+    said = refusal(folder, *MIXTURE, "--resume", *(("--seed", 1) if case == "seed" else ()))
+    assert re.search(words, said), said
+
+
+def test_a_head_leaves_no_checkpoint_of_an_earlier_training_to_resume(stopped):
+    folder, _ = stopped
+    earlier = folder / "head_mixture/checkpoint.pth.tar"
+    earlier.write_bytes((folder / "output/stage1_resnet18/checkpoint.pth.tar").read_bytes())
+    run(folder, *MIXTURE, "--overwrite")
+    assert not earlier.exists()
+
+
+def test_overlays_of_finished_masks_leave_the_masks_as_they_are(fitted_heads, tmp_path):
+    copy(fitted_heads, tmp_path, without=("head_cam", "cams_cam", "cams_adopted", "adopted"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "masks").glob("*.png")}
+    run(tmp_path, "run_inference.py", "--model_path", "head_mixture/model_best.pth.tar", "--output_dir", "masks",
+        "--cam_dir", "cams_mixture", "--workers", "0", "--save_overlays")
+    made = {path.name for path in (tmp_path / "masks/overlays").glob("*.png")}
+    assert made == {path.name for path in before}, f"{len(made)} overlays of {len(before)} masks"
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items()), "masks were written again"
+
+
+def test_validation_without_a_readable_image_has_no_score(tmp_path):
+    make_toy(tmp_path, train=2, test=1, classes=2, size=64)
+    held = open_dataset(DataConfig("pet", str(tmp_path)))
+    for i in range(len(held)):
+        held.image_path(i).write_bytes(b"no image")
+    network = build_network(kind="classifier", backbone="resnet18", classes=2).eval()
+    found = train._mean_average_precision(network, held, 64, Machine(torch.device("cpu"), skip_bad=True))
+    assert math.isnan(found["score"]), found

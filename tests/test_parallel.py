@@ -81,7 +81,7 @@ def birth_environment(item):
 
 
 def shown_level(item):
-    return log.level()
+    return log.worker_level()
 
 
 def test_workers_print_what_log_level_says_and_no_more():

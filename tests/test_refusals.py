@@ -33,6 +33,8 @@ ARGUMENTS = {  # refused before anything is read
     "limit_0": (("run_eval.py", "--limit", 0), ("--limit", "at least 1")),
     "an_lr_that_is_no_number": (("train_deeplab.py", "--lr", "fast"), ("--lr", "fast")),
     "a_fraction_above_1": (("run_train.py", "--stage", 1, "--cutmix", 1.5), ("--cutmix", "at most 1")),
+    "a_range_from_its_end": (("run_train.py", "--stage", 1, "--long_side", 600, 400),
+                             ("--long_side", "its minimum 600 is above its maximum 400")),
     "an_unknown_dataset": (("run_train.py", "--stage", 1, "--dataset", "imagenet"), ("--dataset", "pet", "folder")),
     "a_flag_of_another_step": (("run_train.py", "--stage", 2, "--method", "cam"), ("--method",)),
     "known_labels_of_any_image": (("run_inference.py", "--images", "x.jpg", "--labels", "gt"),
@@ -347,9 +349,21 @@ def imagenet_weights_that_cannot_be_fetched_though_asked_for(folder):
     return *STAGE_1, "--pretrained", "imagenet"
 
 
+@refusal("--alpha_low", "9 is above --alpha_high, 4")
+def alphas_the_wrong_way_round(folder):
+    return "run_train.py", "--stage", 2, "--alpha_low", 9, "--alpha_high", 4, "--output_dir", "output/new"
+
+
+@refusal("none of the 12 images of split trainval", "can be decoded", late=True)
+def a_head_without_a_single_image(folder):
+    for path in (folder / DATA / "images").glob("*.jpg"):
+        _truncate(path)
+    return *STAGE_1, "--head_only", "--on_bad_image", "skip"
+
+
 # --- finished work of other data or settings -------------------------------------------------------------------------
 
-@refusal("no checkpoint output/new/checkpoint.pth.tar", "run the step that writes it")
+@refusal("--resume: there is no output/new/checkpoint.pth.tar to go on from", "leave --resume out")
 def a_resumption_of_nothing(folder):
     return *STAGE_1, "--resume"
 

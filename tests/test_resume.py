@@ -92,4 +92,4 @@ def test_resume_without_a_checkpoint_is_refused_and_leaves_nothing(interrupted):
     done = interrupted.none
     error = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and error.startswith("Error: ") and "Traceback" not in done.stderr, done.stderr
-    assert f"no checkpoint {RUN}/checkpoint.pth.tar" in error, error
+    assert f"there is no {RUN}/checkpoint.pth.tar to go on from; leave --resume out" in error, error

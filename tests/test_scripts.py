@@ -593,6 +593,15 @@ def test_a_dry_run_prints_the_options_and_writes_nothing(dry):
     assert not touched, f"written or touched: {sorted(touched)}"
 
 
+def test_masks_are_scored_and_pictured_though_a_photo_is_damaged(pipeline, tmp_path):
+    home = copy(pipeline.folder, tmp_path, without=("walks", "overlays", "deeplab*", "eval"))
+    photo = next(iter(sorted((home / DATA / "images").glob("*.jpg"))))
+    photo.write_bytes(photo.read_bytes()[:-300])
+    run(home, "run_eval.py", "--mask_dir", "output/inference", "--output_dir", "scored", *MACHINE)
+    made = {path.name for path in (home / "scored").iterdir()}
+    assert {"scores.json", "panel.png", "panel_worst.png", "report.html"} <= made, made
+
+
 @pytest.mark.gpu
 def test_two_gpus_have_the_losses_of_one(tmp_path):
     if torch.cuda.device_count() < 2:

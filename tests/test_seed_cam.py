@@ -226,8 +226,8 @@ def test_the_flags_of_a_seed_have_the_defaults_of_its_settings():
         assert settings == asdict(seed_class(name).Settings.of({**settings, "lr": 1.0})), name
 
 
-def plan(settings=None, pretrained=True, freeze=None, accumulate=1):
-    return Plan(settings or CamConfig(), pretrained, 5, freeze, accumulate)
+def plan(settings=None, pretrained=True, freeze=None, accumulate=1, head_only=False):
+    return Plan(settings or CamConfig(), pretrained, 5, freeze, accumulate, head_only)
 
 
 def test_a_plain_cam_runs_with_any_plan_and_freezes_two_blocks():
@@ -252,8 +252,9 @@ def test_the_common_object_is_refused_features_that_training_bends(changes, word
 @pytest.mark.parametrize("changes, words", [
     ({"settings": {"cutmix": 0.5}}, "--cutmix pastes images together"),
     ({"accumulate": 2}, "--accumulate takes apart"),
+    ({"head_only": True}, "--method avc trains its affinities, and --head_only trains nothing"),
 ])
-def test_avc_is_refused_steps_that_take_objects_or_batches_apart(changes, words):
+def test_avc_is_refused_steps_that_take_objects_or_batches_apart_or_do_not_train(changes, words):
     avc = seed_class("avc")
     settings = avc.Settings(**changes.pop("settings", {}))
     with pytest.raises(UserError, match=words):

@@ -104,7 +104,7 @@ def test_an_e_step_equals_densities_written_out_cell_by_cell():
     covariance = root @ root.T + torch.eye(channels)
     precision = torch.linalg.inv(covariance)
     bias = weights.log() - 0.5 * ((means @ precision) * means).sum(dim=1)
-    counts, sums = network.seed._expect(cells, prior * own, own, means @ precision, bias)
+    counts, sums = network.seed._expect(cells, module.log_priors(prior * own, own), means @ precision, bias)
     shares = np.zeros((count, components))
     for i in range(count):
         for c in range(components):
@@ -152,7 +152,11 @@ def test_a_mixture_that_was_never_fitted_is_refused_instead_of_giving_maps_of_ze
     with pytest.raises(UserError, match="mixture was never fitted, as its step 1 was stopped before; run step 1 again"):
         Pipeline(payload, MapConfig(), WalkConfig(), Machine(torch.device("cpu")))
     network, how, _ = fitted
-    payload["networks"]["classifier"] = pack(network, **how)
+    record = pack(network, **how)
+    payload["networks"]["classifier"] = {**record, "state": {"backbone": torch.zeros(1)}}
+    with pytest.raises(UserError, match="missing or unknown tensors"):
+        Pipeline(payload, MapConfig(), WalkConfig(), Machine(torch.device("cpu"))).classifier
+    payload["networks"]["classifier"] = record
     assert Pipeline(payload, MapConfig(), WalkConfig(), Machine(torch.device("cpu"))).classifier.seed.fits == FITS
 
 

@@ -214,7 +214,7 @@ def test_a_failing_step_ends_the_run_and_the_same_plan_goes_on_from_there(toy):
     assert fake.steps() == [3, 4, 5, 6]
 
 
-def test_a_head_that_was_stopped_while_it_was_fitted_is_fitted_anew_for_the_same_flags_alone(toy):
+def test_a_head_that_was_stopped_while_it_was_fitted_is_resumed_for_the_same_flags_alone(toy):
     plan, fake = planned(toy, "--method", "mixture"), Fake(head_only=True)
     fake.fails = {1: 137}
     with pytest.raises(StepFailed):
@@ -225,7 +225,7 @@ def test_a_head_that_was_stopped_while_it_was_fitted_is_fitted_anew_for_the_same
     with pytest.raises(StepFailed):
         fake.fails = {1: 1}
         run_plan(planned(toy, "--method", "mixture", "--seed", 1), fake)
-    assert fake.asked == [(1, []), (1, []), (1, ["--overwrite"])], fake.asked
+    assert fake.asked == [(1, []), (1, []), (1, ["--resume"])], fake.asked
 
 
 def test_a_finished_deeplab_is_refused_for_other_masks_which_resuming_would_not_notice(toy):

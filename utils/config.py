@@ -78,6 +78,10 @@ class MapConfig(Config):
     max_size: int = 1024
     alternate: bool = False
 
+    def sees_plain(self) -> bool:
+        """Whether one of the views is the image at scale 1, unflipped, by itself."""
+        return any(scale == 1 and flips == (False,) for scale, flips in zip(self.scales, self.flips()))
+
     def flips(self) -> list[tuple[bool, ...]]:
         """For each scale, whether its views are flipped horizontally."""
         if self.flip and self.alternate and len(self.scales) > 1:
@@ -97,7 +101,8 @@ class WalkConfig(Config):
 
 @dataclass(frozen=True)
 class Machine:
-    """What the work runs on.  workers: processes that read images or run the CRF.  skip_bad: leave out images that
+    """What the work runs on.  workers: processes that read images, processes or threads that run the CRF.
+    skip_bad: leave out images that
     cannot be decoded, instead of stopping."""
     device: torch.device
     precision: str = "fp32"

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from utils.config import Machine
 from utils.datasets.base import Dataset
 from utils.errors import ImageError, UserError
 from utils.grids import capped_size, largest_view, resize_image, resize_labels, snapped_size
-from utils.log import warn
+from utils.log import set_level, warn, worker_level
 from utils.transforms import IMAGENET, Augmentation, Normalise
 
 Read = Callable[[Dataset, int], np.ndarray]  # (split, position) -> label map uint8 (H, W); picklable
@@ -128,11 +129,13 @@ class Views:
     """uint8 (H, W, 3) -> a normalised float32 (3, h, w) at each scale of its size capped at `max_size`.
 
     Inputs are resized to k * stride + 1 pixels, so that feature maps can be resampled corners on corners.
+    largest: pixels of the long side that a photo is decoded for; left out, those of the largest view.
     """
 
-    def __init__(self, scales: Sequence[float], max_size: int, stride: int, normalise: Normalise = IMAGENET):
+    def __init__(self, scales: Sequence[float], max_size: int, stride: int, normalise: Normalise = IMAGENET,
+                 largest: float | None = None):
         self.scales, self.max_size, self.stride, self.normalise = tuple(scales), max_size, stride, normalise
-        self.largest = largest_view(max_size, self.scales)
+        self.largest = largest or largest_view(max_size, self.scales)
 
     def __call__(self, image: np.ndarray) -> list[torch.Tensor]:
         base = capped_size(image.shape[:2], self.max_size)
@@ -170,17 +173,23 @@ class WholeImageLoader(Loader):
 def whole_image_loader(images: WholeImages, machine: Machine) -> WholeImageLoader:
     """One image at a time, decoded ahead of the network by the machine's workers."""
     return WholeImageLoader(images, batch_size=None, num_workers=min(machine.workers, len(images)),
-                            pin_memory=machine.device.type == "cuda")
+                            pin_memory=machine.device.type == "cuda",
+                            worker_init_fn=partial(_print_as_told, level=worker_level()))
 
 
-def _outlive_sigterm(_: int) -> None:
-    """Let this worker pass over one SIGTERM; the second ends it.
+def _print_as_told(_: int, level: str) -> None:
+    set_level(level)
+
+
+def _outlive_sigterm(worker: int, level: str) -> None:
+    """Let this worker pass over one SIGTERM; the second ends it.  level: what it prints.
 
     A cluster sends it to all processes; the main one then finishes its step and saves, and needs its data for that.
     A worker that hangs gets more: the main process sends it when it closes the loader, and SIGKILL at its own end.  A
     handler, as a blocked signal would reach the threads that numpy has started in a worker that was not forked.
     """
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    _print_as_told(worker, level)
 
 
 @atexit.register
@@ -216,4 +225,4 @@ def training_loader(samples: TrainingSamples, batches: EpochBatches, workers: in
     """Batches of `samples` in the order of `batches`; its workers outlive one SIGTERM."""
     # A generator of its own keeps the loader from drawing on the global one, so that resuming changes nothing.
     return Loader(samples, batch_sampler=batches, num_workers=workers, generator=torch.Generator(),
-                  pin_memory=device.type == "cuda", worker_init_fn=_outlive_sigterm)
+                  pin_memory=device.type == "cuda", worker_init_fn=partial(_outlive_sigterm, level=worker_level()))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from tqdm import tqdm
 
+from utils import distributed
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ def set_level(level: str) -> None:
     _shown["level"] = level
 
 
-def level() -> str:
-    """What `set_level` was last told, for a process that this one starts."""
-    return _shown["level"]
+def worker_level() -> str:
+    """The level of processes that this one starts: its own, but of a rank above 0 errors alone, as of itself."""
+    return _shown["level"] if distributed.is_main() else "error"
 
 
 def shows(level: str) -> bool:

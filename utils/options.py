@@ -156,14 +156,15 @@ FLAGS = {
     "precision": Flag(str, "arithmetic of the networks; auto = bf16 on a GPU or CPU that has units for it (CPUs: AMX, "
                            "AVX512-BF16), else fp32; bf16 is autocast, scores and losses stay float32", "auto",
                       choices=("auto", "fp32", "bf16")),
-    "workers": Flag(natural, "processes that read images or run the CRF, for each process of torchrun",
+    "workers": Flag(natural, "processes that read images; processes, with torch threads, that run the CRF; for "
+                    "each process of torchrun",
                     min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))),
                     rule="one for each CPU core, at most 8"),
     "on_bad_image": Flag(str, "an image that cannot be decoded: error ends the run; skip leaves it out, and the record "
                               "names it under failures", "error", choices=("error", "skip")),
     "large_images": Flag(bool, "also read images of more than 178 megapixels, which take gigabytes of memory", False),
     "seed": Flag(natural, "seed of everything random", 0),
-    "resume": Flag(bool, "go on from checkpoint.pth.tar of the output folder", False),
+    "resume": Flag(bool, "go on from what the output folder holds of the same run", False),
     "dry_run": Flag(bool, "check everything, print the options and stop", False),
     "log_level": Flag(str, "what is printed besides results and errors: error = nothing; warning = warnings; info = "
                            "also the options, what is used again, and progress; debug = also where an error arose",

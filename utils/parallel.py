@@ -140,7 +140,7 @@ def _processes(function: Callable[[Item], Result], workers: int,
         with _worker_birth():
             for _ in range(workers):
                 ours, theirs = context.Pipe()
-                processes.append(context.Process(target=_work, args=(function, description, log.level(), theirs),
+                processes.append(context.Process(target=_work, args=(function, description, log.worker_level(), theirs),
                                                  daemon=True))
                 processes[-1].start()
                 theirs.close()  # the worker has its own: once it ends, reading from `ours` does too

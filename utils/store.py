@@ -151,7 +151,8 @@ class Folder:
         made there count as left out here too.
         """
         failures = {} if parent is None else failed_images(parent)
-        failures.update(distributed.gather_dict(self.failures, dataset.ids))
+        self.failures = distributed.gather_dict(self.failures, dataset.ids)  # of all ranks, in all ranks
+        failures.update(self.failures)
         if distributed.is_main():
             stamps = self._previous()["stamps"]
             made = [image_id for image_id in dataset.ids if image_id not in failures]

@@ -140,7 +140,7 @@ class _Record:
     def continued(self, command: Command) -> list[str]:
         """What a step that is not done needs besides its flags, to go on where it was stopped.
 
-        UserError if DeepLab was trained on other masks than there are now: --resume would not notice.
+        UserError, with the remedy for a whole run, if DeepLab was trained on other masks than there are now.
         """
         entry = self.steps.get(str(command.step))
         if command.step not in TRAININGS or entry is None:
@@ -151,9 +151,8 @@ class _Record:
                                 f"{command.options['mask_dir']}; pass --overwrite to make all anew, or delete that "
                                 "folder of DeepLab")
             return ["--resume"]
-        # A head that is fitted in one pass has no state to go on from: what is there may be half of it.
-        return ["--overwrite"] * (self._same(command) and entry["state"] == "started"
-                                  and (command.out / BEST).is_file())
+        # A head that is fitted in one pass has no other state.
+        return ["--resume"] * (self._same(command) and entry["state"] == "started" and (command.out / BEST).is_file())
 
 
 def _flags(command: Command) -> dict[str, object]:

@@ -50,8 +50,11 @@ def check_fitted(record: dict[str, object]) -> None:
 
     record: of any network; only one with a seed is looked at.
     """
-    if "seed" not in record:
-        return
-    name = record["seed"]["name"]
-    if not seed_class(name).is_fitted(record["state"]):
+    if not is_fitted(record):
+        name = record["seed"]["name"]
         raise UserError(f"the checkpoint's {name} was never fitted, as its step 1 was stopped before; run step 1 again")
+
+
+def is_fitted(record: dict[str, object]) -> bool:
+    """Whether a network's record has no seed that is still to be fitted."""
+    return "seed" not in record or seed_class(record["seed"]["name"]).is_fitted(record["state"])

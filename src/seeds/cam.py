@@ -34,13 +34,15 @@ class Plan:
     """How stage 1 is going to run, for `Seed.check`.
 
     settings: of the seed method.  pretrained: whether the backbone starts from pretrained weights.  blocks: that the
-    backbone has.  freeze: of them, None if the method is to choose.  accumulate: micro-batches a step.
+    backbone has.  freeze: of them, None if the method is to choose.  accumulate: micro-batches a step.  head_only:
+    whether the head is fitted and nothing is trained.
     """
     settings: Config
     pretrained: bool
     blocks: int
     freeze: int | None
     accumulate: int
+    head_only: bool = False
 
 
 class Seed(nn.Module):
@@ -93,8 +95,12 @@ class Seed(nn.Module):
 
     @classmethod
     def is_fitted(cls, state: Mapping[str, torch.Tensor]) -> bool:
-        """Whether `fit` was called, if `closed_form`.  state: of the classifier, "seed." before its own tensors."""
-        return True
+        """Whether `fit` was called, if `closed_form`: until then the seed's `weight` is zeros.
+
+        state: of the classifier, "seed." before the seed's tensors.  Tensors that are missing are not judged here.
+        """
+        weight = state.get("seed.weight") if cls.closed_form else None
+        return weight is None or bool(weight.any())
 
     def fit(self, classifier: Classifier, read: Reader, labels: np.ndarray, seed: int) -> None:
         """Fit the seed's own tensors in closed form (only if `closed_form`).

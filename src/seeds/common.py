@@ -54,10 +54,6 @@ class CommonObject(Seed):
     def build(cls, classifier: Classifier) -> Self:
         return cls(classifier.backbone.channels[classifier.backbone.stages[1]])
 
-    @classmethod
-    def is_fitted(cls, state: Mapping[str, torch.Tensor]) -> bool:
-        return bool(state["seed.weight"].any())
-
     def log_odds(self, features: torch.Tensor) -> torch.Tensor:
         """features: (B, D, h, w).  Returns the log-odds of object against background (B, h, w), float32."""
         with torch.autocast(features.device.type, enabled=False):

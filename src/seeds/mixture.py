@@ -87,10 +87,6 @@ class Mixture(Seed):
         """background, fits: of a record without them, the numbers of the time when records did not hold them."""
         return cls(classifier, depths, background, fits)
 
-    @classmethod
-    def is_fitted(cls, state: Mapping[str, torch.Tensor]) -> bool:
-        return bool(state["seed.weight"].any())
-
     # --- maps of an image --------------------------------------------------------------------------------------------
 
     def maps(self, classifier: Classifier, features: Mapping[str, torch.Tensor], cam: torch.Tensor,
@@ -222,28 +218,31 @@ class Mixture(Seed):
         cells: (n, D) less their mean (D,).  scatter: (D, D), the sum of their outer products.
         """
         counts, sums, scatter_used = start(cells, prior, own, scatter, self.background, rng)
+        before = log_priors(prior, own)
         for _ in range(ROUNDS):
             means = sums / counts.clamp(min=1e-6)[:, None]  # (C, D)
             root = torch.linalg.cholesky(ridged((scatter_used - sums.T @ means) / counts.sum()))
             weight = torch.cholesky_solve(means.T, root).T
             bias = torch.log(counts / counts.sum()) - 0.5 * (weight * means).sum(dim=1)
             bias = torch.where(counts > 1e-3, bias, NEVER)
-            counts, sums = self._expect(cells, prior, own, weight, bias)
+            counts, sums = self._expect(cells, before, weight, bias)
             scatter_used = scatter
         self.weight[fit] = weight
         self.bias[fit] = (bias - weight @ mean).clamp(min=NEVER)
         return (counts[self.background:].sum() / len(cells)).item()
 
-    def _expect(self, cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, weight: torch.Tensor,
-                bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The E step: (cells of each component (C,), sums of their features (C, D)), each cell shared by posterior."""
+    def _expect(self, cells: torch.Tensor, prior: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The E step: (cells of each component (C,), sums of their features (C, D)), each cell shared by posterior.
+
+        prior: what it adds to log densities, see `log_priors`.
+        """
         counts, sums = torch.zeros(len(weight)), torch.zeros_like(weight)
-        for x, before, allowed in zip(cells.split(CHUNK), prior.split(CHUNK), own.split(CHUNK)):
+        for x, before in zip(cells.split(CHUNK), prior.split(CHUNK)):
             logs = x @ weight.T + bias
-            inside, outside = log_prior(before), log_prior(1 - before.amax(dim=1, keepdim=True))
-            inside = torch.where(allowed, inside, -torch.inf).repeat_interleave(PER_CLASS, dim=1)
-            outer, inner = logs[:, :self.background], logs[:, self.background:]
-            share = torch.cat([outer + outside, inner + inside], dim=1).softmax(dim=1)
+            logs[:, :self.background] += before[:, :1]
+            logs[:, self.background:].unflatten(1, (-1, PER_CLASS)).add_(before[:, 1:, None])
+            share = logs.softmax(dim=1)
             counts += share.sum(dim=0)
             sums += share.T @ x
         return counts, sums
@@ -301,6 +300,13 @@ def log_prior(prior: torch.Tensor) -> torch.Tensor:
     return PRIOR * prior.clamp(1 - CERTAIN, CERTAIN).log()
 
 
+def log_priors(prior: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """What a prior (n, K) adds to the log densities of background and classes, (n, 1 + K); -inf for classes not `own`.
+    """
+    inside = torch.where(own, log_prior(prior), -torch.inf)
+    return torch.cat([log_prior(1 - prior.amax(dim=1, keepdim=True)), inside], dim=1)
+
+
 def binary_posterior(inner: torch.Tensor, outer: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
     """Posterior (B, K, n) of each class against the background alone.  Arguments as of `posteriors`."""
     odds = inner + log_prior(prior) - outer - log_prior(1 - prior)
@@ -338,7 +344,7 @@ def start(cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, scatter: 
     whitening = torch.linalg.cholesky(torch.linalg.inv(ridged(scatter / len(cells))))
     components = background + PER_CLASS * own.shape[1]
     counts, sums = torch.zeros(components), torch.zeros(components, cells.shape[1])
-    highest, used = prior.amax(dim=1), torch.zeros_like(scatter)
+    highest, times = prior.amax(dim=1), torch.zeros(len(cells))
     lowest = highest.sort().values[min(len(cells), 4 * background) - 1]  # background there must be
     groups = [(highest <= max(BACK, lowest.item()), 0, background)]
     for k in range(own.shape[1]):
@@ -348,19 +354,22 @@ def start(cells: torch.Tensor, prior: torch.Tensor, own: torch.Tensor, scatter: 
             groups.append((own[:, k] & (prior[:, k] >= sure), background + PER_CLASS * k, PER_CLASS))
     for chosen, first, number in groups:
         points = cells[chosen]
-        which = first + clusters(points @ whitening, number, rng)
+        which = first + clusters(points, whitening, number, rng)
         counts.index_add_(0, which, torch.ones(len(points)))
         sums.index_add_(0, which, points)
-        used += points.T @ points
-    return counts, sums, used
+        times[chosen] += 1
+    other = times != 1  # the fewest: their part is taken off, or added for cells that begin in two classes
+    return counts, sums, scatter + (cells[other] * (times[other, None] - 1)).T @ cells[other]
 
 
-def clusters(points: torch.Tensor, count: int, rng: np.random.Generator) -> torch.Tensor:
-    """k-means of points (n, D): the cluster of each, (n,) int64 in [0, count)."""
+def clusters(points: torch.Tensor, whitening: torch.Tensor, count: int, rng: np.random.Generator) -> torch.Tensor:
+    """k-means of points (n, D) times whitening (D, D): the cluster of each, (n,) int64 in [0, count)."""
     if len(points) <= count:
         return torch.arange(len(points))
-    part = points[torch.from_numpy(rng.permutation(len(points))[:KMEANS])].numpy()
+    part = (points[torch.from_numpy(rng.permutation(len(points))[:KMEANS])] @ whitening).numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a cluster without points, or of equal ones: its component stays empty
         centres, _ = kmeans2(part, count, minit="++", rng=rng)
-    return torch.cdist(points, torch.from_numpy(centres)).argmin(dim=1)
+    centres = torch.from_numpy(centres)
+    # The nearest centre, by what distances to all have not in common: no need to whiten every point.
+    return (points @ (whitening @ centres.T) - centres.square().sum(dim=1) / 2).argmax(dim=1)

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from src.training.loop import Run
 
 
-def check_run_dir(run_dir: str | Path, resume: bool, overwrite: bool) -> None:
-    """UserError, before any work, if a training would be overwritten that neither --resume nor --overwrite names."""
+def check_run_dir(run_dir: str | Path, resume: bool, overwrite: bool, state: str = "checkpoint.pth.tar") -> None:
+    """UserError, before any work, if a training would be overwritten that neither --resume nor --overwrite names.
+
+    state: the file that --resume goes on from.
+    """
     found = [path for path in (Path(run_dir) / name for name in ("checkpoint.pth.tar", "model_best.pth.tar"))
              if path.is_file()]
     if found and not resume and not overwrite:
-        resumable = "--resume to go on from it, " if found[0].name == "checkpoint.pth.tar" else ""
+        resumable = "--resume to go on from it, " if found[0].name == state else ""
         raise UserError(f"{found[0]} is there already; pass {resumable}--overwrite to start anew, or another "
                         "--output_dir")
 
@@ -58,14 +61,7 @@ def restore(run: Run, path: Path) -> int:
         raise UserError(f"--resume: {path} was made with {steps} steps an epoch, and now there are "
                         f"{run.steps_per_epoch}: other images, or another number of processes; pass the same ones, or "
                         "leave --resume out to start anew")
-    dataset = run.task.samples.dataset
-    if list(payload.get("classes") or dataset.classes) != list(dataset.classes):
-        raise UserError(f"--resume: {path} was made with the classes {', '.join(payload['classes'][:4])}, ..., and "
-                        f"{dataset.root} has {', '.join(dataset.classes[:4])}, ...; pass the same data, or leave "
-                        "--resume out to start anew")
-    if payload.get("data") not in (None, data_hash(dataset)):
-        raise UserError(f"--resume: {path} was made from other images or labels than those in {dataset.root}; pass the "
-                        "same ones, or leave --resume out to start anew")
+    check_same_data(payload, path, run.task.samples.dataset)
     name = next(iter(payload["networks"]))
     run.network.load_state_dict(payload["networks"][name]["state"])
     run.optimiser.load_state_dict(payload["optimizer"])
@@ -89,6 +85,8 @@ def resumed(path: Path, step: str, options: Mapping[str, object], targets: str |
     targets: see `Task`; None where they are not known yet.
     UserError if there is none, or one made with other options or targets.
     """
+    if not path.is_file():
+        raise UserError(f"--resume: there is no {path} to go on from; leave --resume out to start")
     payload = load_checkpoint(path, steps=(step,))
     before = payload["options"]
     changed = [f"{name} was {_told(before[name])}, is {_told(value)}" for name, value in options.items()
@@ -100,6 +98,17 @@ def resumed(path: Path, step: str, options: Mapping[str, object], targets: str |
         raise UserError(f"--resume: {path} was made from other masks or affinity labels than those that are there now; "
                         "put them back, or leave --resume out to start anew")
     return payload
+
+
+def check_same_data(payload: Mapping[str, object], path: Path, dataset: Dataset) -> None:
+    """UserError if the checkpoint that a run would go on from was made from other classes, images or labels."""
+    if list(payload.get("classes") or dataset.classes) != list(dataset.classes):
+        raise UserError(f"--resume: {path} was made with the classes {', '.join(payload['classes'][:4])}, ..., and "
+                        f"{dataset.root} has {', '.join(dataset.classes[:4])}, ...; pass the same data, or leave "
+                        "--resume out to start anew")
+    if payload.get("data") not in (None, data_hash(dataset)):
+        raise UserError(f"--resume: {path} was made from other images or labels than those in {dataset.root}; pass the "
+                        "same ones, or leave --resume out to start anew")
 
 
 def _told(value: object) -> str:

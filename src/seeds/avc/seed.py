@@ -55,6 +55,8 @@ class AffinityConsistency(Seed):
 
     @classmethod
     def check(cls, plan: Plan) -> None:
+        if plan.head_only:
+            raise UserError("--method avc trains its affinities, and --head_only trains nothing; leave --head_only out")
         if plan.settings.cutmix:
             raise UserError("--cutmix pastes images together, and --method avc compares the parts of one object; "
                             "leave one of them out")
