@@ -24,7 +24,8 @@ class Backbone(Protocol):
 
     stages: names of the last three feature maps, shallow to deep.  channels: of each.  stride: pixels per cell of the
     last.  normalise: the mean and deviation of the pixels that it takes.
-    It may have more depths than its stages: see `settle_depths`.
+    It may have more depths than its stages: see `settle_depths`.  It may set `reentrant`: several threads may then run
+    it at once, as it keeps nothing between images.
     """
     stages: tuple[str, str, str]
     channels: dict[str, int]

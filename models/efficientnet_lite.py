@@ -25,7 +25,9 @@ SEPARABLE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv
 
 def build(name: str, output_stride: int, dilated: bool) -> timm_nets.TimmNet:
     """The network `name`, one of LITES, with random weights."""
-    return timm_nets.TimmNet(f"tf_{name}", output_stride, dilated, PIXELS)
+    network = timm_nets.TimmNet(f"tf_{name}", output_stride, dilated, PIXELS)
+    network.reentrant = True  # what other networks of timm keep between images has not been looked through
+    return network
 
 
 def imagenet_weights(name: str) -> tuple[str, dict[str, torch.Tensor]]:

@@ -22,6 +22,7 @@ class ResNet(nn.Module):
     Parameter names are torchvision's, so that its checkpoints load as they are.
     """
     stages = ("layer2", "layer3", "layer4")
+    reentrant = True
     normalise = IMAGENET
 
     def __init__(self, name: str, output_stride: int = 16, dilated: bool = True):

@@ -92,6 +92,7 @@ class ResNet38(nn.Module):
     named in `stages`, `stride` is the output stride of all three.
     """
     stages = ("conv4", "conv5", "conv6")
+    reentrant = True
     stride = 8
     normalise = IMAGENET
     # oneDNN's float32 kernels for wide dilated 3x3 convolutions: a step at 448 takes 21.2 s so, 24.9 in channels last,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, partial
@@ -69,7 +70,7 @@ class TimmNet(nn.Module):
         for name in names:
             if name in self._blocks and name not in self._tapped:
                 self._tapped.add(name)
-                self.net.get_submodule(name).register_forward_hook(partial(_keep, self._outputs, name))
+                self.net.get_submodule(name).register_forward_hook(partial(_keep_apart, self._outputs, name))
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """images: (B, 3, H, W), normalised.  Returns {name: (B, channels, h, w)} of stages, depths and taps.
@@ -83,10 +84,9 @@ class TimmNet(nn.Module):
             before, (down, right) = self.stride // 2, (new - side for new, side in zip(whole, size))
             images = _pad(images, before, right - before, down - before)
         self._run(images)
-        maps = {block: self._as_map(self._outputs[block], block, images.shape[-2:]) for block in self._blocks
-                if block in self._outputs}
-        self._outputs.clear()
-        return maps
+        outputs = self._outputs.pop(_thread())
+        return {block: self._as_map(outputs[block], block, images.shape[-2:]) for block in self._blocks
+                if block in outputs}
 
     def _run(self, images: torch.Tensor) -> None:
         getattr(self.net, "forward_features", self.net)(images)
@@ -241,6 +241,16 @@ def own_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _keep(outputs: dict[str, torch.Tensor], name: str, module: nn.Module, inputs: object, output: torch.Tensor) -> None:
     outputs[name] = output
+
+
+def _keep_apart(outputs: dict[int, dict[str, torch.Tensor]], name: str, module: nn.Module, inputs: object,
+                output: torch.Tensor) -> None:
+    outputs.setdefault(_thread(), {})[name] = output
+
+
+def _thread() -> int:
+    """What tells the calling thread from others that run the network at the same time."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _create(name: str, output_stride: int) -> nn.Module:

@@ -11,7 +11,7 @@ from src.features import Kept
 from src.masks import MaskConfig, decide, full_size, write_mask, write_overlay
 from src.pipeline import DeepLabPipeline, Pipeline
 from src.records import record_hash
-from src.split_map import map_split, through_network, through_workers
+from src.split_map import map_split, network_threads, through_network, through_workers
 from utils import distributed
 from utils.config import Machine
 from utils.crf import CRF
@@ -62,8 +62,9 @@ def make_cams(pipeline: Pipeline, dataset: Dataset, folder: Folder, record: dict
                              [keys_of(image_id) for image_id in ids], kept.take(ids, pipeline.machine.device))
         for image_id, cam in zip(ids, cams):
             save_cam(folder.path, image_id, cam.keys, cam.maps, cam.size)
-    return map_split(dataset, folder, lambda pending: through_network(pending, pipeline.cam_views(), make,
-                                                                      pipeline.machine, "CAM"), record, keep=keep)
+    threads = network_threads(pipeline.classifier.backbone, pipeline.machine.device)
+    return map_split(dataset, folder, lambda pending: through_network(
+        pending, pipeline.cam_views(), make, pipeline.machine, "CAM", threads), record, keep=keep)
 
 
 def known_keys(dataset: Dataset, known: bool) -> Callable[[str], np.ndarray | None]:

@@ -5,7 +5,9 @@
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -128,6 +130,7 @@ class Pipeline(_Pipeline):
                  crf_preset: str = "mctformer"):
         super().__init__(payload, maps, machine, crf_preset)
         self.walk_config, self.offsets = walk, half_disc(walk.radius)
+        self._lock, self._threads = threading.Lock(), torch.get_num_threads()
 
     @classmethod
     def _defaults(cls, payload: dict, by_step: dict) -> dict:
@@ -214,13 +217,26 @@ class Pipeline(_Pipeline):
         most = max(1, PIXELS[self.machine.device.type] // batch[0, 0].numel()) if known is None else len(batch)
         for images in batch.split(most):
             images = images.to(self.machine.device, memory_format=torch.channels_last)
-            with self.machine.autocast():
+            large = images[:, 0].numel() > PIXELS[self.machine.device.type]
+            with self._alone() if large else contextlib.nullcontext(), self.machine.autocast():
                 features = self.classifier.backbone(images) if known is None else known
                 cam = self.classifier.cam(features)
                 maps = self.classifier.seed.maps(self.classifier, features, cam, images)
             found.append((cam.mean(dim=(2, 3)), *maps))
         logits, *maps = (torch.cat(parts).float().unflatten(0, (len(views), -1)) for parts in zip(*found))
         return logits, tuple(_upright(part, flips, dim=1) for part in maps)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Of several threads that work on images, let one at a time look at a large view, which takes gigabytes; with
+        all of torch's threads."""
+        with self._lock:
+            own = torch.get_num_threads()
+            torch.set_num_threads(self._threads)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(own)
 
     def walks(self, views: Sequence[torch.Tensor], cams: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Propagate CAMs and their background scores: probabilities (K + 1, h, w) of each image, background first.

@@ -3,18 +3,24 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from utils.config import Machine
 from utils.datasets.base import Dataset
 from utils.errors import ImageError
 from utils.loader import Views, WholeImages, equal_batches, whole_image_loader
 from utils.log import progress, say
-from utils.parallel import map_parallel
+from utils.parallel import in_threads, map_parallel
+from utils.runtime import release_memory
 from utils.store import Folder, made_of
 
 Failures = dict[str, str]  # image id -> reason
 # Images of equal size that go through a network together. Two cores are kept busy by one: batches of four gained 2 to
 # 10 % there, and an image's map would depend, in its last bits, on which others are done in the same run.
 TOGETHER = {"cpu": 1, "cuda": 16}
+RELEASE = 50  # images of many sizes leave holes in freed memory: after so many it is given back to the system
+THREADS = 4  # images that a CPU works on at once, at most: two cores take 0.75 of the time, and each needs memory
 
 
 def map_split(dataset: Dataset, folder: Folder, work: Callable[[Dataset], Failures], record: dict[str, object],
@@ -39,13 +45,26 @@ def map_split(dataset: Dataset, folder: Folder, work: Callable[[Dataset], Failur
 
 
 def through_network(pending: Dataset, views: Views, make: Callable[[list[dict], list[str]], None], machine: Machine,
-                    description: str) -> Failures:
-    """Hand images to a network: make(items of `WholeImages` whose views have equal sizes, their ids) writes files."""
+                    description: str, threads: int = 1) -> Failures:
+    """Hand images to a network: make(items of `WholeImages` whose views have equal sizes, their ids) writes files.
+
+    threads: in which `make` runs at once, see `network_threads`.
+    """
     images = WholeImages(pending, views, skip_bad=machine.skip_bad)
     items = progress(whole_image_loader(images, machine), description, len(pending))
-    for batch in equal_batches(items, TOGETHER[machine.device.type]):
-        make(batch, [pending.ids[item["index"]] for item in batch])
+    batches = equal_batches(items, TOGETHER[machine.device.type])
+    made = in_threads(lambda batch: make(batch, [pending.ids[item["index"]] for item in batch]), batches, threads)
+    for count, _ in enumerate(made, start=1):
+        if count % RELEASE == 0:
+            release_memory()
     return images.failures
+
+
+def network_threads(backbone: nn.Module, device: torch.device) -> int:
+    """In how many threads a network is best run at once: on a CPU one for each core, at most THREADS."""
+    if device.type != "cpu" or not getattr(backbone, "reentrant", False):
+        return 1
+    return min(THREADS, torch.get_num_threads())
 
 
 def through_workers(pending: Dataset, function: Callable[[tuple[str, Dataset]], None], machine: Machine,

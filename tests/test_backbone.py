@@ -12,7 +12,9 @@ from models import efficientnet_lite
 from models.backbone import BACKBONES, BackbonePlug, Network, build_backbone, for_inference, training_format
 from models.resnet import ResNet
 from models.weights.records import build_network
+from src.split_map import network_threads
 from utils.errors import UserError
+from utils.parallel import in_threads
 from utils.transforms import IMAGENET, Normalise
 
 CHANNELS = {"resnet18": (128, 256, 512), "resnet34": (128, 256, 512), "resnet50": (512, 1024, 2048),
@@ -352,3 +354,33 @@ def test_a_network_trains_in_the_memory_format_that_was_measured_to_be_fastest(n
     with torch.device("meta"):
         network = Network(build_backbone(name))
     assert training_format(network, torch.device(device), precision) == expected
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0", "resnet38"])
+def test_a_backbone_that_threads_share_gives_each_the_maps_of_its_own_image(name):
+    torch.manual_seed(0)
+    net = for_inference(build_backbone(name, **({"width": 0.125} if name == "resnet38" else {})).eval())
+    images = [torch.randn(1, 3, 33 + 16 * (i % 3), 65) for i in range(12)]
+
+    def maps(image):
+        with torch.no_grad():
+            return net(image)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = [maps(image) for image in images]
+    finally:
+        torch.set_num_threads(before)
+    assert net.reentrant
+    for i, (one, other) in enumerate(zip(alone, in_threads(maps, images, 4), strict=True)):
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), f"image {i}"
+
+
+def test_networks_are_run_at_once_on_cpus_alone_and_only_if_they_keep_nothing():
+    net, cpu, before = build_backbone("resnet18"), torch.device("cpu"), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = network_threads(net, cpu), network_threads(net, torch.device("cuda")), network_threads(net.layer1, cpu)
+    finally:
+        torch.set_num_threads(before)
+    assert found == (2, 1, 1), found

@@ -125,6 +125,28 @@ def test_cams_from_kept_features_have_the_same_bits_and_run_the_backbone_less(sp
     assert not kept.maps or not saved, f"{len(kept.maps)} are still held"
 
 
+def test_images_that_go_through_the_network_at_once_have_their_own_features_and_cams(network, split, tmp_path):
+    attach(network, {"name": "cam"})
+    record = pack(network, kind="classifier", backbone="resnet18", classes=3, seed={"name": "cam"})
+    payload, machine = {"classes": list(split.classes), "networks": {"classifier": record}}, Machine(torch.device("cpu"))
+    runs, before = [], torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            maps = [maps for maps, _, _ in Features(network, split, 96, machine).reader("features")(range(7))]
+            pipeline = Pipeline(payload, MapConfig((1.0, 2.0), True, "gt", 96), WalkConfig(), machine)
+            make_cams(pipeline, split, cam_folder(tmp_path / str(threads), pipeline, False), {"options": {}})
+            assert torch.get_num_threads() == threads, "the number of torch's threads is another afterwards"
+        finally:
+            torch.set_num_threads(before)
+        runs.append((maps, [load_cam(tmp_path / str(threads), image_id)[1] for image_id in split.ids]))
+    (alone, cams), (shared, others) = runs
+    gap = max((one[name] - other[name]).abs().max().item() for one, other in zip(alone, shared) for name in NAMES)
+    assert gap < 1e-4, f"features differ by {gap:.1e}"
+    gap = max(np.abs(one - other).max() for one, other in zip(cams, others))
+    assert gap < 5e-3, f"CAMs differ by {gap:.1e}"
+
+
 def test_kept_features_of_a_photo_that_is_decoded_at_half_its_size_are_those_of_the_later_pass(network, tmp_path):
     make_toy(tmp_path, train=2, test=2, classes=2, size=64)
     split = open_dataset(DataConfig("pet", str(tmp_path)))

@@ -14,7 +14,7 @@ import pytest
 
 from utils import log
 from utils.errors import UserError
-from utils.parallel import IN_FLIGHT, ONE_THREAD, item_name, map_parallel
+from utils.parallel import IN_FLIGHT, ONE_THREAD, in_threads, item_name, map_parallel
 
 ROOT = Path(__file__).resolve().parent.parent
 posix = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads /proc")
@@ -295,3 +295,21 @@ def test_dropping_one_of_two_iterators_leaves_the_other():
     second.close()
     found += first
     assert [value for value, _ in found] == [n * n for n in range(12)], found
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_share_torch_keep_the_order_and_run_little_ahead(threads):
+    import torch
+    before, taken = torch.get_num_threads(), []
+    torch.set_num_threads(4)
+    try:
+        found = in_threads(lambda item: (item, torch.get_num_threads(), threading.get_ident()),
+                           (taken.append(n) or n for n in range(20)), threads)
+        first = next(found)
+        ahead, results = len(taken), [first, *found]
+        after = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    assert [item for item, _, _ in results] == list(range(20)) and after == 4, results
+    assert {count for _, count, _ in results} == {4 // threads}, results
+    assert ahead <= threads + 1 and (threading.get_ident() in {ident for _, _, ident in results}) == (threads == 1)

@@ -154,8 +154,9 @@ def test_a_mixture_that_was_never_fitted_is_refused_instead_of_giving_maps_of_ze
     network, how, _ = fitted
     record = pack(network, **how)
     payload["networks"]["classifier"] = {**record, "state": {"backbone": torch.zeros(1)}}
+    damaged = Pipeline(payload, MapConfig(), WalkConfig(), Machine(torch.device("cpu")))
     with pytest.raises(UserError, match="missing or unknown tensors"):
-        Pipeline(payload, MapConfig(), WalkConfig(), Machine(torch.device("cpu"))).classifier
+        damaged.cam_views()
     payload["networks"]["classifier"] = record
     assert Pipeline(payload, MapConfig(), WalkConfig(), Machine(torch.device("cpu"))).classifier.seed.fits == FITS
 

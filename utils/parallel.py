@@ -65,6 +65,18 @@ def map_parallel(function: Callable[[Item], Result], items: Iterable[Item], work
     return _with_bar(results, total, description)
 
 
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item], threads: int
+               ) -> Generator[Result, None, None]:
+    """Apply a function that spends its time in torch to every item, several at once, which share torch's threads.
+
+    One network on two images, a thread each, takes less time than on one after the other by two threads.
+    Returns a generator of the results in the items' order, at most one item ahead of the threads; 1: without threads.
+    """
+    if threads <= 1:
+        return (function(item) for item in items)
+    return _pooled(_threads(function, threads), items, threads, threads + 1)
+
+
 def item_name(item: object) -> str:
     """Name an item in a message: the first entry of a tuple, str() of anything else."""
     return str(item[0] if isinstance(item, tuple) and item else item)
@@ -86,8 +98,8 @@ def _named_call(function: Callable[[Item], Result], description: str, item: Item
 
 
 def _pooled(setting: contextlib.AbstractContextManager[Callable[[Item], Result]], items: Iterable[Item],
-            workers: int) -> Generator[Result, None, None]:
-    """The results in order, of at most IN_FLIGHT items a worker at a time.
+            workers: int, most: int | None = None) -> Generator[Result, None, None]:
+    """The results in order, of at most `most` items at a time, by default IN_FLIGHT a worker.
 
     setting: what the workers need while they work; it gives the function that a thread calls for an item.
     """
@@ -95,7 +107,7 @@ def _pooled(setting: contextlib.AbstractContextManager[Callable[[Item], Result]]
     try:
         with setting as compute:
             futures = (pool.submit(compute, item) for item in items)
-            waiting = deque(itertools.islice(futures, IN_FLIGHT * workers))
+            waiting = deque(itertools.islice(futures, most or IN_FLIGHT * workers))
             while waiting:
                 yield waiting.popleft().result()
                 waiting.extend(itertools.islice(futures, 1))
@@ -104,11 +116,11 @@ def _pooled(setting: contextlib.AbstractContextManager[Callable[[Item], Result]]
 
 
 @contextlib.contextmanager
-def _threads(call: Callable[[Item], Result]) -> Iterator[Callable[[Item], Result]]:
-    """Let torch compute on one thread in each of the threads started inside."""
+def _threads(call: Callable[[Item], Result], sharing: int | None = None) -> Iterator[Callable[[Item], Result]]:
+    """Let torch compute on one thread in each of the threads started inside, or on their part if so many share all."""
     import torch
     count = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads that have started keep theirs
+    torch.set_num_threads(max(1, count // sharing) if sharing else 1)  # threads that have started keep theirs
     try:
         yield call
     finally:
