@@ -128,7 +128,8 @@ def test_cams_from_kept_features_have_the_same_bits_and_run_the_backbone_less(sp
 def test_images_that_go_through_the_network_at_once_have_their_own_features_and_cams(network, split, tmp_path):
     attach(network, {"name": "cam"})
     record = pack(network, kind="classifier", backbone="resnet18", classes=3, seed={"name": "cam"})
-    payload, machine = {"classes": list(split.classes), "networks": {"classifier": record}}, Machine(torch.device("cpu"))
+    payload = {"classes": list(split.classes), "networks": {"classifier": record}}
+    machine = Machine(torch.device("cpu"))
     runs, before = [], torch.get_num_threads()
     for threads in (1, 3):
         torch.set_num_threads(threads)
