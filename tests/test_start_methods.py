@@ -105,7 +105,7 @@ def test_sigterm_to_the_main_process_ends_the_workers_of_a_fork_server_too(termi
 
 def stay(pipe):
     """A worker that never ends by itself."""
-    _outlive_sigterm(0)
+    _outlive_sigterm(0, "info")
     pipe.send("ready")
     while True:
         time.sleep(1)

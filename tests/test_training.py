@@ -656,7 +656,7 @@ def test_options_that_change_nothing_may_differ_on_resume(tmp_path, whole):
 
 
 def test_resuming_without_or_from_another_steps_checkpoint_is_refused(tmp_path, whole):
-    with pytest.raises(UserError, match="no checkpoint .*checkpoint.pth.tar"):
+    with pytest.raises(UserError, match="there is no .*checkpoint.pth.tar to go on from"):
         run(tmp_path, tiny_task(), resume=True)
     save_checkpoint(tmp_path / "checkpoint.pth.tar", load_checkpoint(whole[0] / "checkpoint.pth.tar"))
     with pytest.raises(UserError, match="comes from stage1, but a checkpoint of stage2 is needed"):
@@ -694,7 +694,7 @@ def test_resuming_never_takes_up_the_run_before_the_one_that_was_started_anew(tm
     run(tmp_path, tiny_task())
     with pytest.raises(ValueError):
         run(tmp_path, tiny_task(fail), mask_dir="others")  # this option alone would not be refused on resuming
-    with pytest.raises(UserError, match="no checkpoint .*checkpoint.pth.tar"):
+    with pytest.raises(UserError, match="there is no .*checkpoint.pth.tar to go on from"):
         run(tmp_path, tiny_task(), mask_dir="others", resume=True)
 
 
