@@ -313,3 +313,14 @@ def test_threads_share_torch_keep_the_order_and_run_little_ahead(threads):
     assert [item for item, _, _ in results] == list(range(20)) and after == 4, results
     assert {count for _, count, _ in results} == {4 // threads}, results
     assert ahead <= threads + 1 and (threading.get_ident() in {ident for _, _, ident in results}) == (threads == 1)
+
+
+def test_fewer_items_than_threads_have_all_of_torchs_threads_one_after_the_other():
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = list(in_threads(lambda item: (torch.get_num_threads(), threading.get_ident()), range(2), 3))
+    finally:
+        torch.set_num_threads(before)
+    assert found == [(4, threading.get_ident())] * 2, found

@@ -70,9 +70,13 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item], thread
     """Apply a function that spends its time in torch to every item, several at once, which share torch's threads.
 
     One network on two images, a thread each, takes less time than on one after the other by two threads.
-    Returns a generator of the results in the items' order, at most one item ahead of the threads; 1: without threads.
+    Returns a generator of the results in the items' order, at most one item ahead of the threads.  threads: with 1, or
+    with fewer items, one item after the other has all of torch's threads.
     """
-    if threads <= 1:
+    iterator = iter(items)
+    head = list(itertools.islice(iterator, threads))
+    items = itertools.chain(head, iterator)
+    if threads <= 1 or len(head) < threads:
         return (function(item) for item in items)
     return _pooled(_threads(function, threads), items, threads, threads + 1)
 
