@@ -3,7 +3,6 @@
 Everything is measured in this run: seed, walk and mask on the toy training split (image labels known), DeepLab on the
 toy test split (nothing known).  Writes output/demo/results.json; the pictures lie beside it.
 """
-import argparse
 import json
 import os
 import sys
@@ -11,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.measure import Parser
 from utils.runtime import run_main
 from workflow.plan import make_plan
 from workflow.whole_run import ROOT, SCORES, run_plan, run_script, score_rows
@@ -46,8 +46,7 @@ def scores(folder: str, stage: str) -> dict[str, float]:
 
 
 def main() -> None:
-    argparse.ArgumentParser("python -m benchmarks.demo", description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    Parser("benchmarks.demo", __doc__).parse_args()
     os.chdir(ROOT)
     seconds = {"toy data": run(TOY)}
     plan = make_plan(FLAGS.split(), str(DEMO), walk=True)

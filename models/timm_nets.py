@@ -70,7 +70,7 @@ class TimmNet(nn.Module):
         for name in names:
             if name in self._blocks and name not in self._tapped:
                 self._tapped.add(name)
-                self.net.get_submodule(name).register_forward_hook(partial(_keep_apart, self._outputs, name))
+                self.net.get_submodule(name).register_forward_hook(partial(_keep, self._outputs, name))
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """images: (B, 3, H, W), normalised.  Returns {name: (B, channels, h, w)} of stages, depths and taps.
@@ -120,7 +120,7 @@ class TimmNet(nn.Module):
             for hook in (*hooks, *uses.hooks):
                 hook.remove()
         self._pairs = uses.pairs()
-        strides, channels = {}, {}
+        strides, channels, outputs = {}, {}, outputs.get(_thread(), {})
         for block in self._blocks:
             output = outputs.get(block)
             if not isinstance(output, torch.Tensor) or output.ndim not in (3, 4):
@@ -239,12 +239,8 @@ def own_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"net.{name}": tensor for name, tensor in state.items()}
 
 
-def _keep(outputs: dict[str, torch.Tensor], name: str, module: nn.Module, inputs: object, output: torch.Tensor) -> None:
-    outputs[name] = output
-
-
-def _keep_apart(outputs: dict[int, dict[str, torch.Tensor]], name: str, module: nn.Module, inputs: object,
-                output: torch.Tensor) -> None:
+def _keep(outputs: dict[int, dict[str, torch.Tensor]], name: str, module: nn.Module, inputs: object,
+          output: torch.Tensor) -> None:
     outputs.setdefault(_thread(), {})[name] = output
 
 

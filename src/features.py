@@ -8,14 +8,12 @@ import torch
 
 from models.backbone import Network, for_inference
 from src.seeds.cam import Reader
-from src.split_map import RELEASE, network_threads
+from src.split_map import at_once, network_threads
 from utils.config import Machine
 from utils.datasets.base import Dataset
 from utils.errors import UserError
 from utils.loader import Views, WholeImages, whole_image_loader
 from utils.log import progress
-from utils.parallel import in_threads
-from utils.runtime import release_memory
 
 MEMORY = 2**30  # bytes of features that are kept
 
@@ -100,10 +98,8 @@ class Features:
             return
         images = WholeImages(self.dataset.subset(positions), self.views, skip_bad=self.machine.skip_bad)
         items = progress(whole_image_loader(images, self.machine), what, len(positions))
-        for index, maps in in_threads(self._run, items, network_threads(self.classifier.backbone, self.machine.device)):
+        for index, maps in at_once(self._run, items, network_threads(self.classifier.backbone, self.machine.device)):
             self.kept.offer(images.dataset.ids[index], maps)
-            if index % RELEASE == RELEASE - 1:
-                release_memory()
             yield positions[index], maps
 
     @torch.no_grad()

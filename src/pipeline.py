@@ -190,10 +190,8 @@ class Pipeline(_Pipeline):
         for those that the classifier predicts: every class of positive logit, the likeliest at least.
         known: the feature maps of the images at scale 1, unflipped, if an earlier pass has kept them.
         """
-        plain = [known if scale == 1 and flips == (False,) else None
-                 for scale, flips in zip(self.maps.scales, self.maps.flips())]
-        scales = [self._look(list(scale), flips, features)
-                  for scale, flips, features in zip(zip(*views), self.maps.flips(), plain)]
+        scales = [self._look(list(scale), flips, known if plain else None)
+                  for scale, flips, plain in zip(zip(*views), self.maps.flips(), self.maps.plain())]
         logits = (sum(one.mean(dim=1) for one, _ in scales) / len(scales)).cpu().numpy()  # (B, K)
         found = []
         for i, (size, known) in enumerate(zip(sizes, keys)):
@@ -206,8 +204,7 @@ class Pipeline(_Pipeline):
 
     @torch.no_grad()
     def _look(self, views: list[torch.Tensor], flips: tuple[bool, ...],
-              known: dict[str, torch.Tensor] | None = None
-              ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+              known: dict[str, torch.Tensor] | None = None) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Logits (B, V, K), and the seed's maps (B, V, C, h, w), float32 on the device, of images of one size.
 
         views: B normalised images (3, H, W).  flips: for each of V views of an image, whether the network sees it

@@ -1,7 +1,8 @@
 """One map of work over a split into a folder: what is pending, progress, failures, the manifest."""
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from utils.parallel import in_threads, map_parallel
 from utils.runtime import release_memory
 from utils.store import Folder, made_of
 
+Item, Result = TypeVar("Item"), TypeVar("Result")
 Failures = dict[str, str]  # image id -> reason
 # Images of equal size that go through a network together. Two cores are kept busy by one: batches of four gained 2 to
 # 10 % there, and an image's map would depend, in its last bits, on which others are done in the same run.
@@ -53,11 +55,17 @@ def through_network(pending: Dataset, views: Views, make: Callable[[list[dict], 
     images = WholeImages(pending, views, skip_bad=machine.skip_bad)
     items = progress(whole_image_loader(images, machine), description, len(pending))
     batches = equal_batches(items, TOGETHER[machine.device.type])
-    made = in_threads(lambda batch: make(batch, [pending.ids[item["index"]] for item in batch]), batches, threads)
-    for count, _ in enumerate(made, start=1):
+    for _ in at_once(lambda batch: make(batch, [pending.ids[item["index"]] for item in batch]), batches, threads):
+        pass
+    return images.failures
+
+
+def at_once(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """What a function that runs a network gives for each item, in their order.  threads: see `network_threads`."""
+    for count, result in enumerate(in_threads(function, items, threads), start=1):
         if count % RELEASE == 0:
             release_memory()
-    return images.failures
+        yield result
 
 
 def network_threads(backbone: nn.Module, device: torch.device) -> int:

@@ -135,7 +135,7 @@ def run_stage1(dataset: Dataset, plan: ClassifierPlan, machine: Machine, out: Pa
         say(f"Resuming with {best}, which is finished: CAMs")
     else:
         best, kept = _make_classifier(dataset, plan, machine, out, options)
-    kept = kept if plan.maps.sees_plain() else None
+    kept = kept if any(plan.maps.plain()) else None
     release_memory()
     pipeline = Pipeline(load_checkpoint(best), plan.maps, WalkConfig(), machine)
     _write_cams(pipeline, best, dataset, cam_folder(cam_dir, pipeline, bool(options["overwrite"])), options, kept)

@@ -78,9 +78,9 @@ class MapConfig(Config):
     max_size: int = 1024
     alternate: bool = False
 
-    def sees_plain(self) -> bool:
-        """Whether one of the views is the image at scale 1, unflipped, by itself."""
-        return any(scale == 1 and flips == (False,) for scale, flips in zip(self.scales, self.flips()))
+    def plain(self) -> list[bool]:
+        """For each scale, whether its only view is the image at scale 1, unflipped."""
+        return [scale == 1 and flips == (False,) for scale, flips in zip(self.scales, self.flips())]
 
     def flips(self) -> list[tuple[bool, ...]]:
         """For each scale, whether its views are flipped horizontally."""
@@ -102,8 +102,7 @@ class WalkConfig(Config):
 @dataclass(frozen=True)
 class Machine:
     """What the work runs on.  workers: processes that read images, processes or threads that run the CRF.
-    skip_bad: leave out images that
-    cannot be decoded, instead of stopping."""
+    skip_bad: leave out images that cannot be decoded, instead of stopping."""
     device: torch.device
     precision: str = "fp32"
     workers: int = 0

@@ -21,9 +21,8 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
-from utils import log
 from utils.errors import UserError
-from utils.log import progress
+from utils.log import progress, set_level, worker_level
 
 IN_FLIGHT = 4  # items a worker may be ahead of the reader: enough to hide one slow item, few enough to hold in memory
 GRACE = 5  # seconds for a stopped worker to leave what it is computing
@@ -156,7 +155,7 @@ def _processes(function: Callable[[Item], Result], workers: int,
         with _worker_birth():
             for _ in range(workers):
                 ours, theirs = context.Pipe()
-                processes.append(context.Process(target=_work, args=(function, description, log.worker_level(), theirs),
+                processes.append(context.Process(target=_work, args=(function, description, worker_level(), theirs),
                                                  daemon=True))
                 processes[-1].start()
                 theirs.close()  # the worker has its own: once it ends, reading from `ours` does too
@@ -197,7 +196,7 @@ def _worker_birth() -> Iterator[None]:
 
 def _work(function: Callable[[Item], Result], description: str, level: str, pipe: Connection) -> None:
     """What a worker does: receives items, and sends (result, None, None) or (None, error, its traceback as text)."""
-    log.set_level(level)
+    set_level(level)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # an exception removes half-written files
     threading.Thread(target=_end_with_parent, daemon=True).start()
