@@ -10,7 +10,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache, partial
+from functools import partial
 
 import timm
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models.grouped import speed_up
 from utils.errors import UserError
 from utils.transforms import IMAGENET, Normalise
 
@@ -44,9 +45,7 @@ class TimmNet(nn.Module):
         self.net = _create(name, output_stride)
         if not dilated:
             _undilate(self.net)
-        for module in self.net.modules():
-            if isinstance(module, nn.Conv2d) and module.groups > 1 and max(module.dilation) > 1:
-                module.__class__ = _in_float32(type(module))
+        speed_up(self.net)
         listed, single = _listed_stages(self.net, name)
         self._blocks = _blocks(self.net, listed)
         _drop_rest(self.net, self._blocks[-1])
@@ -151,25 +150,6 @@ class TimmNet(nn.Module):
         """See `models.backbone.Backbone.pairs`: found while an image without memory went through the network."""
         for parent, conv, norm in self._pairs:
             yield self.net.get_submodule(parent), conv, norm
-
-
-class _Float32:
-    """A convolution that trains in float32 on CPUs, whatever autocast says.
-
-    oneDNN's bfloat16 gradient of the weights of a dilated grouped convolution is wrong by more than its own size for
-    channels-last tensors (torch 2.14, a CPU with AVX512-BF16 units; the inputs' gradient and the outputs are right).
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" or not torch.is_grad_enabled():
-            return super().forward(x)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(x.float())
-
-
-@cache
-def _in_float32(kind: type[nn.Conv2d]) -> type[nn.Conv2d]:
-    return type(kind.__name__, (_Float32, kind), {})
 
 
 class _Uses(TorchDispatchMode):
