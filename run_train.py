@@ -14,7 +14,7 @@ from utils.config import BackboneConfig, DataConfig, MapConfig, TrainConfig, Wal
 from utils.datasets import open_split
 from utils.errors import UserError
 from utils.runtime import run_main
-from utils.store import check_data, check_free, chosen_checkpoint, made_of, read_manifest, run_dir
+from utils.store import BEST, NEWEST, check_data, check_free, chosen_checkpoint, made_of, read_manifest, run_dir
 
 COMMON = ("download", *flags.DATA, *flags.BACKBONE, *flags.TRAINING, "model_path", "cam_dir", "output_dir", "overwrite",
           *flags.MACHINE)
@@ -65,7 +65,7 @@ def stage1(parser: flags.Parser, args: argparse.Namespace) -> int:
     args.freeze = train.settled_freeze(seed, settings, backbone, args.pretrained, args.freeze, args.accumulate,
                                        args.head_only)
     args.output_dir = args.output_dir or str(run_dir("stage1", args.backbone))
-    state = "model_best.pth.tar" if args.head_only else "checkpoint.pth.tar"
+    state = BEST if args.head_only else NEWEST
     check_run_dir(args.output_dir, args.resume, args.overwrite, state)
     if not args.resume:
         check_free(args.cam_dir, "cam", args.overwrite)
@@ -100,7 +100,7 @@ def adopt(parser: flags.Parser, args: argparse.Namespace) -> int:
     args.split = dataset.split
     args.labels = start.settled_labels(args.labels, dataset)
     payload = with_classes(payload, dataset, args.model_path)
-    machine, path = start.machine_of(args), Path(args.output_dir) / "model_best.pth.tar"
+    machine, path = start.machine_of(args), Path(args.output_dir) / BEST
     train.check_adopted(payload, path)
     pipeline = Pipeline(payload, MapConfig.of(vars(args)), WalkConfig(), machine)
     folder = cam_folder(args.cam_dir, pipeline, args.overwrite)
@@ -144,7 +144,7 @@ def stage2(parser: flags.Parser, args: argparse.Namespace) -> int:
                               LabelConfig(args.alpha_low, args.alpha_high, crf, args.max_size), args.radius,
                               Path(args.cam_dir))
     if args.resume:
-        resumed(Path(args.output_dir) / "checkpoint.pth.tar", "stage2", vars(args))
+        resumed(Path(args.output_dir) / NEWEST, "stage2", vars(args))
     train.label_folder(plan, Path(args.output_dir), args.overwrite).check(dataset)
     if start.begin("Step 2", args, machine, dataset):
         train.run_stage2(dataset, classifier["networks"]["classifier"], plan, machine, Path(args.output_dir),

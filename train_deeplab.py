@@ -10,7 +10,7 @@ from utils import recipes
 from utils.config import BackboneConfig, DataConfig, TrainConfig
 from utils.datasets import open_split
 from utils.runtime import run_main
-from utils.store import check_data, made_of, mask_record, run_dir
+from utils.store import NEWEST, check_data, made_of, mask_record, run_dir
 
 NAMES = (*flags.DATA, "mask_dir", "head", *flags.BACKBONE, *flags.TRAINING, "output_dir", "overwrite", *flags.MACHINE)
 DEFAULTS = {"backbone": "resnet38", "mask_dir": "output/inference", "output_stride": 8}
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     read = segment.mask_reader(dataset, args.mask_dir)
     machine, masks = start.machine_of(args), segment.mask_hash(dataset, args.mask_dir)
     if args.resume:
-        resumed(Path(args.output_dir) / "checkpoint.pth.tar", "deeplab", vars(args), masks)
+        resumed(Path(args.output_dir) / NEWEST, "deeplab", vars(args), masks)
     if start.begin("Step 5", args, machine, dataset):
         plan = segment.DeepLabPlan(BackboneConfig.of(vars(args)), args.pretrained, TrainConfig.of(vars(args)),
                                    args.head, read, masks)

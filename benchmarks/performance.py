@@ -97,9 +97,10 @@ def document(rows: dict[str, list[dict]], photos: bool) -> str:
     facts = environment()
     parts = [
         "# Performance", "", *wrapped(
-            "Written by `make bench` (`python -m benchmarks.performance`): ours beside a plain reference, in the same "
-            "run. Ratio: the reference's seconds over ours. Extra MB: by which ours raised the peak of resident memory."
-            " Error: the largest difference of the results, as each benchmark's docstring says."), "",
+            f"Written by `python -m benchmarks.performance{' --data_root DATA' if photos else ''}`, which `make bench` "
+            "runs with toy images: ours beside a plain reference, in the same run. Ratio: the reference's seconds over "
+            "ours. Extra MB: by which ours raised the peak of resident memory. Error: the largest difference "
+            "of the results, as each benchmark's docstring says."), "",
         f"{processor()}; torch {facts['torch']}; commit {(facts['git_commit'] or 'none')[:10]}. "
         f"Photos: {'of DATA' if photos else 'toy images'}.", ""]
     for name, found in rows.items():

@@ -37,10 +37,9 @@ from utils.log import environment, say, warn
 from utils.metrics import average_precision
 from utils.random_walk import half_disc
 from utils.runtime import release_memory
-from utils.store import Folder, made_of, read_manifest
+from utils.store import BEST, NEWEST, Folder, read_manifest
 from utils.transforms import Augmentation
 
-BEST = "model_best.pth.tar"
 LONG_SIDE = (0.625, 1.25)  # range of the image's long side in crop sizes: 320..640 at crop 512 (IRN)
 Options = Mapping[str, object]  # the flat record of a run's flags: written to files, never read here
 
@@ -224,7 +223,7 @@ def _fit_head(network: Network, features: Features, contents: Callable[[], dict[
             network.head.bias.copy_(bias)
         record = {"step": "stage1", "options": dict(options)}
         write_json(out / "options.json", {**record, **environment(features.machine.device)})
-        (out / "checkpoint.pth.tar").unlink(missing_ok=True)  # of an earlier training, which must not be resumed here
+        (out / NEWEST).unlink(missing_ok=True)  # of an earlier training, which must not be resumed here
         save_checkpoint(path, {**record, "epoch": 0, "data": data_hash(dataset), **contents()})
     distributed.barrier()
     return path
@@ -308,9 +307,10 @@ def run_stage2(dataset: Dataset, classifier: dict, plan: AffinityPlan, machine: 
                ) -> None:
     """Train AffinityNet on affinity labels made from the CAMs.
 
-    classifier: the record of the classifier that made them; it goes into this stage's checkpoint too.
+    dataset: the images that have a CAM.  classifier: the record of the classifier that made these; it goes into this
+    stage's checkpoint too.
     """
-    config, dataset = plan.training, made_of(dataset, plan.cam_dir)
+    config = plan.training
     torch.manual_seed(config.seed)
     how = {"kind": "affinity", **asdict(plan.backbone)}
     network = build_network(**how)

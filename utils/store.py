@@ -12,6 +12,7 @@ from utils.files import check_checkpoint_file, file_hash, read_json, write_json
 from utils.log import say, warn
 
 MANIFEST = "manifest.json"
+BEST, NEWEST = "model_best.pth.tar", "checkpoint.pth.tar"  # of a training: its result, and what --resume goes on from
 STEP_COMMAND = {"cam": "python run_train.py --stage 1", "walk": "python run_inference.py",
                 "affinity_labels": "python run_train.py --stage 2", "mask": "python run_inference.py",
                 "deeplab": "python train_deeplab.py"}
@@ -28,11 +29,11 @@ def chosen_checkpoint(path: str | None, step: str, default: str | None = None) -
     It is said, and no torch is imported, so that a missing file is known at once: UserError.
     """
     if path is None:
-        found = sorted(Path("output").glob(f"{step}_*/model_best.pth.tar"), key=lambda path: path.stat().st_mtime)
+        found = sorted(Path("output").glob(f"{step}_*/{BEST}"), key=lambda path: path.stat().st_mtime)
         newest = str(found[-1]) if found else default
         path = default if default is not None and Path(default).is_file() else newest
     if path is None:
-        raise UserError(f"no checkpoint output/{step}_*/model_best.pth.tar; run: {STEP_COMMAND[step]}, or pass another "
+        raise UserError(f"no checkpoint output/{step}_*/{BEST}; run: {STEP_COMMAND[step]}, or pass another "
                         "with --model_path")
     check_checkpoint_file(path)
     say(f"Using {path}")

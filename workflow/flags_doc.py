@@ -19,8 +19,8 @@ shows the same.
 
 "steps" are those that take a flag. In a step marked with *, a flag that is left out takes the value that the record of
 an earlier step has, and the run says so. Otherwise its default holds. "by `--dataset`", "by `--method`" and "by
-`--head`" point to the tables at the end: a default of the seed method comes before one of the dataset, and both come
-before the flag's own. What is on or off is typed without a value: `--crf` or `--no-crf`.
+`--head`" point to the tables at the end: a default of the seed method overrides one of the dataset, and both
+override the flag's own. What is on or off is typed without a value: `--crf` or `--no-crf`.
 """
 RECIPES = {"dataset": ("--dataset", "datasets"), "seed method": ("--method", "methods"),
            "DeepLab's head": ("--head", "heads")}

@@ -8,6 +8,7 @@ from utils.config import DataConfig
 from utils.datasets import DATASETS, open_dataset
 from utils.errors import UserError
 from utils.options import Parser, default_method
+from utils.store import BEST, MANIFEST
 from workflow.steps import STEPS
 
 # A whole run sets these itself.
@@ -16,7 +17,6 @@ FIXED = {**dict.fromkeys(("cam_dir", "mask_dir", "output_dir"), "name the folder
          "images": "run run_inference.py or test_deeplab.py by themselves"}
 NOT_IN = {6: ("split", "ids", "labels"),  # which say how masks of the training images are made
           2: ("pretrained",)}             # which starts from the classifier of step 1
-BEST = "model_best.pth.tar"
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class _Planner:
                4: ("--model_path", maker, "--cam_dir", cams), 5: ("--mask_dir", masks),
                6: ("--model_path", folder / "deeplab" / BEST)}[number]
         own = [*map(str, own), *more, "--output_dir", str(out)]
-        results = {1: (cams / "manifest.json", Path(classifier)), 2: (out / BEST,), 3: (out / "manifest.json",),
-                   4: (out / "scores.json",), 5: (out / BEST,), 6: (out / "masks" / "manifest.json",)}[number]
+        results = {1: (cams / MANIFEST, Path(classifier)), 2: (out / BEST,), 3: (out / MANIFEST,),
+                   4: (out / "scores.json",), 5: (out / BEST,), 6: (out / "masks" / MANIFEST,)}[number]
         args = {name: value for name, value in vars(self.parse(number, own)).items() if value is not None}
         after = {1: None, 2: 1, 3: 2 if self.walk else 1, 4: 2 if self.walk else 1, 5: 3, 6: 5}[number]
         return Command(number, (*STEPS[number].script, *own, *self.given[number]), args, out, results, after)

@@ -26,8 +26,8 @@ from utils.files import read_json, short_hash, write_json
 from utils.log import duration
 from utils.options import RESUME_FREE
 from utils.runtime import run_main
-from utils.store import check_data
-from workflow.plan import BEST, Command, Plan, make_plan
+from utils.store import BEST, NEWEST, check_data
+from workflow.plan import Command, Plan, make_plan
 from workflow.steps import STEPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,7 +145,7 @@ class _Record:
         entry = self.steps.get(str(command.step))
         if command.step not in TRAININGS or entry is None:
             return []
-        if (command.out / "checkpoint.pth.tar").is_file():
+        if (command.out / NEWEST).is_file():
             if entry["masks"] != _masks(command):
                 raise UserError(f"the DeepLab in {command.out} was trained on other masks than there are now in "
                                 f"{command.options['mask_dir']}; pass --overwrite to make all anew, or delete that "

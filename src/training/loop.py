@@ -22,6 +22,7 @@ from utils.files import write_json
 from utils.interrupt import Interrupt, Interrupted
 from utils.loader import EpochBatches, TrainingSamples, training_loader
 from utils.log import JsonLog, NoBoard, NoLog, duration, environment, memory_gb, progress, say, tensorboard, warn
+from utils.store import BEST, NEWEST
 
 DIVERGED = 1e3  # mean loss of an epoch; at the start, all losses here are of order 1
 Batch = Mapping[str, torch.Tensor]
@@ -92,7 +93,7 @@ def train(task: Task, config: TrainConfig, machine: Machine, run_dir: Path, opti
             run.stop_if_interrupted()  # while it validated
     run.write_record()
     distributed.barrier()
-    return run.run_dir / "model_best.pth.tar"
+    return run.run_dir / BEST
 
 
 class Run:
@@ -100,7 +101,7 @@ class Run:
 
     def __init__(self, task: Task, config: TrainConfig, machine: Machine, run_dir: Path, options: Mapping[str, object]):
         self.task, self.config, self.machine = task, config, machine
-        self.run_dir, self.options, self.newest = run_dir, dict(options), run_dir / "checkpoint.pth.tar"
+        self.run_dir, self.options, self.newest = run_dir, dict(options), run_dir / NEWEST
         self.epoch, self.step, self.sums, self.best, self.failures = 0, 0, {}, -math.inf, {}
         self.steps_per_epoch = len(self._batches(0))
         self.saved = time.monotonic()
@@ -219,7 +220,7 @@ class Run:
         if score >= self.best or self.task.keeps_last:
             self.best = score
             if distributed.is_main():
-                save_checkpoint(self.run_dir / "model_best.pth.tar", self._contents())
+                save_checkpoint(self.run_dir / BEST, self._contents())
         self.save()
 
     # --- where the run stands ----------------------------------------------------------------------------------------

@@ -17,17 +17,18 @@ from utils.errors import UserError
 from utils.files import short_hash
 from utils.log import say
 from utils.options import RESUME_FREE
+from utils.store import BEST, NEWEST
 
 if TYPE_CHECKING:
     from src.training.loop import Run
 
 
-def check_run_dir(run_dir: str | Path, resume: bool, overwrite: bool, state: str = "checkpoint.pth.tar") -> None:
+def check_run_dir(run_dir: str | Path, resume: bool, overwrite: bool, state: str = NEWEST) -> None:
     """UserError, before any work, if a training would be overwritten that neither --resume nor --overwrite names.
 
     state: the file that --resume goes on from.
     """
-    found = [path for path in (Path(run_dir) / name for name in ("checkpoint.pth.tar", "model_best.pth.tar"))
+    found = [path for path in (Path(run_dir) / name for name in (NEWEST, BEST))
              if path.is_file()]
     if found and not resume and not overwrite:
         resumable = "--resume to go on from it, " if found[0].name == state else ""
@@ -71,7 +72,7 @@ def restore(run: Run, path: Path) -> int:
     set_generators(payload.get("generators"))
     if distributed.is_main():
         remove_leftovers(path)
-        remove_leftovers(path.with_name("model_best.pth.tar"))
+        remove_leftovers(path.with_name(BEST))
     say(f"Resuming {path} at epoch {run.epoch + 1}, step {run.step}")
     if payload.get("processes", 1) != distributed.world():
         say(f"It was made by {payload.get('processes', 1)} processes and goes on with {distributed.world()}: the "
