@@ -114,8 +114,10 @@ class SplitScores:
         else:
             make_cams(self.pipeline, self.dataset, self.cams, record, keep=True)
         if self.walks is not None:
+            pipeline = self.pipeline
             map_split(self.dataset, self.walks, lambda pending: through_network(
-                pending, self.pipeline.walk_views(), self._walk, self.pipeline.machine, "random walk"),
+                pending, pipeline.walk_views(), self._walk, pipeline.machine, "random walk",
+                network_threads(pipeline.affinity_net.backbone, pipeline.machine.device)),
                 record, self.cams.path, keep=True)
 
     def _walk(self, items: list[dict], ids: list[str]) -> None:

@@ -57,6 +57,7 @@ class _Pipeline:
     def __init__(self, payload: dict, maps: MapConfig, machine: Machine, crf_preset: str):
         self.records, self.classes, self.maps, self.machine = payload["networks"], payload["classes"], maps, machine
         self.crf_preset = crf_preset
+        self._lock, self._threads = threading.Lock(), torch.get_num_threads()
         for record in self.records.values():
             check_fitted(record)
 
@@ -84,6 +85,23 @@ class _Pipeline:
                    **{name: made_with[name] for name in cls.inherited if made_with.get(name) is not None}, **changes}
         place = pick_device(device)
         return cls._of(payload, options, Machine(place, settle_precision(precision, place)))
+
+    @contextlib.contextmanager
+    def _turn(self, images: torch.Tensor) -> Iterator[None]:
+        """A network's pass over images, in autocast.  Of several threads that work on images, one at a time looks at a
+        large view, which takes gigabytes; with all of torch's threads.
+        """
+        if images[:, 0].numel() <= PIXELS[self.machine.device.type]:
+            with self.machine.autocast():
+                yield
+            return
+        with self._lock, self.machine.autocast():
+            own = torch.get_num_threads()
+            torch.set_num_threads(self._threads)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(own)
 
     def _network(self, kind: str) -> torch.nn.Module:
         if kind not in self.records:
@@ -130,7 +148,6 @@ class Pipeline(_Pipeline):
                  crf_preset: str = "mctformer"):
         super().__init__(payload, maps, machine, crf_preset)
         self.walk_config, self.offsets = walk, half_disc(walk.radius)
-        self._lock, self._threads = threading.Lock(), torch.get_num_threads()
 
     @classmethod
     def _defaults(cls, payload: dict, by_step: dict) -> dict:
@@ -214,26 +231,13 @@ class Pipeline(_Pipeline):
         most = max(1, PIXELS[self.machine.device.type] // batch[0, 0].numel()) if known is None else len(batch)
         for images in batch.split(most):
             images = images.to(self.machine.device, memory_format=torch.channels_last)
-            large = images[:, 0].numel() > PIXELS[self.machine.device.type]
-            with self._alone() if large else contextlib.nullcontext(), self.machine.autocast():
+            with self._turn(images):
                 features = self.classifier.backbone(images) if known is None else known
                 cam = self.classifier.cam(features)
                 maps = self.classifier.seed.maps(self.classifier, features, cam, images)
             found.append((cam.mean(dim=(2, 3)), *maps))
         logits, *maps = (torch.cat(parts).float().unflatten(0, (len(views), -1)) for parts in zip(*found))
         return logits, tuple(_upright(part, flips, dim=1) for part in maps)
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Of several threads that work on images, let one at a time look at a large view, which takes gigabytes; with
-        all of torch's threads."""
-        with self._lock:
-            own = torch.get_num_threads()
-            torch.set_num_threads(self._threads)
-            try:
-                yield
-            finally:
-                torch.set_num_threads(own)
 
     def walks(self, views: Sequence[torch.Tensor], cams: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Propagate CAMs and their background scores: probabilities (K + 1, h, w) of each image, background first.
@@ -248,9 +252,9 @@ class Pipeline(_Pipeline):
     @torch.no_grad()
     def stencils(self, views: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Affinity stencils (P, h, w), see `utils.random_walk`, of views of one size."""
-        with self.machine.autocast():
-            features = self.affinity_net(torch.stack(list(views)).to(self.machine.device,
-                                                                    memory_format=torch.channels_last))
+        images = torch.stack(list(views)).to(self.machine.device, memory_format=torch.channels_last)
+        with self._turn(images):
+            features = self.affinity_net(images)
         return [affinity_stencil(one.float(), self.offsets) for one in features]
 
     def start(self, cam: np.ndarray, stencil: torch.Tensor) -> torch.Tensor:
@@ -311,7 +315,7 @@ class DeepLabPipeline(_Pipeline):
         maps = []
         for view, flips in zip(views, self.maps.flips()):
             batch = _flipped([view], flips).to(self.machine.device, memory_format=torch.channels_last)
-            with self.machine.autocast():
+            with self._turn(batch):
                 logits = self.deeplab(batch)
             maps.append(resize_tensor(_upright(logits.float(), flips, dim=0), grid))
         logits = torch.cat(maps)  # (scales and flips, C, *grid)

@@ -16,7 +16,7 @@ from src.inference import known_keys, make_masks, mask_folder
 from src.masks import MaskConfig, check_complete, mask_path, read_checked
 from src.pipeline import DeepLabPipeline
 from src.records import record_hash
-from src.split_map import map_split, through_network
+from src.split_map import map_split, network_threads, through_network
 from src.train import held_out, initialise, rounded_crop, split_holdout
 from src.training.loop import MicroBatch, Task, train
 from utils import distributed
@@ -144,8 +144,9 @@ def run_test(pipeline: DeepLabPipeline, dataset: Dataset, folders: tuple[Folder,
         for item, image_id in zip(items, ids):
             found = pipeline.probabilities(item["views"], item["size"], keys_of(image_id))
             save_scores(maps.path, image_id, *found, item["size"])
-    dataset = map_split(dataset, maps, lambda pending: through_network(pending, pipeline.views(), make, machine,
-                                                                       "DeepLab"), record)
+    dataset = map_split(dataset, maps, lambda pending: through_network(
+        pending, pipeline.views(), make, machine, "DeepLab",
+        network_threads(pipeline.deeplab.backbone, machine.device)), record)
     dataset = make_masks(dataset, maps, folder, how, record, machine, overlays)
     print(f"Wrote {len(dataset)} masks to {folder.path}")
     if dataset.truth is None:
