@@ -21,6 +21,7 @@ from utils.store import made_of
 from utils.visualize import heatmap, overlay, overlay_mask, panel, plot_bars, plot_curves
 
 Table = dict[str, dict[str, dict]]  # stage -> "fixed" or "oracle" -> scores
+WRITTEN = ("scores.json", "thresholds.png", "classes.png", "panel.png", "panel_worst.png")
 
 
 def evaluate(dataset: Dataset, stages: Sequence[Stage], how: MaskConfig, workers: int, out: Path,
@@ -37,6 +38,7 @@ def evaluate(dataset: Dataset, stages: Sequence[Stage], how: MaskConfig, workers
             gallery.gather(cards, dataset)
         table = None
         if distributed.is_main():
+            remove_earlier(out)
             table = report(dataset, tallies, options, out)
             save_panels(dataset, stages, tallies, how, out)
             print(f"Wrote scores.json, plots and panels to {out}")
@@ -47,6 +49,12 @@ def evaluate(dataset: Dataset, stages: Sequence[Stage], how: MaskConfig, workers
                 gallery.tell_of_earlier(out)
         distributed.barrier()  # rank 0 reads the cards of the others, which go with this block
     return table
+
+
+def remove_earlier(out: Path) -> None:
+    """Delete the scores and pictures of an earlier run, some of which the present one may not write."""
+    for name in WRITTEN:
+        (out / name).unlink(missing_ok=True)
 
 
 def stages_of(scores: SplitScores, crf: bool) -> list[Stage]:

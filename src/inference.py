@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from src.features import Kept
-from src.masks import MaskConfig, decide, full_size, write_mask, write_overlay
+from src.masks import MaskConfig, decide, full_size, overlay_path, write_mask, write_overlay
 from src.pipeline import DeepLabPipeline, Pipeline
 from src.records import record_hash
 from src.split_map import map_split, network_threads, through_network, through_workers
@@ -136,7 +136,7 @@ def make_masks(dataset: Dataset, scores: Folder, folder: Folder, how: MaskConfig
                      {**record, "classes": list(dataset.classes)}, scores.path)
     # Of masks that were kept.  Rank 0's list, as other ranks may already write some.
     lacking = distributed.broadcast([i for i, image_id in enumerate(made.ids) if overlays
-                                     and not (folder.path / "overlays" / f"{image_id}.png").is_file()])
+                                     and not overlay_path(folder.path, image_id).is_file()])
     if lacking:
         through_workers(made.subset(lacking).shard(), partial(write_overlay, folder=folder.path), machine, "overlays")
     return made

@@ -111,13 +111,20 @@ def write_mask(item: tuple[str, Dataset], score_dir: Path, folder: Path, how: Ma
     save_mask(folder / f"{image_id}.png", mask)
     if overlays:
         write_overlay(item, folder)
+    else:
+        overlay_path(folder, image_id).unlink(missing_ok=True)  # of the mask that was there before
 
 
 def write_overlay(item: tuple[str, Dataset], folder: Path) -> None:
     """Write a photo with its mask of a folder over it to overlays/ there.  item: see `write_label`."""
     image_id, one = item
     mask = read_mask(folder / f"{image_id}.png")
-    save_picture(folder / "overlays" / f"{image_id}.png", named_overlay(one.image(0), mask, one.classes))
+    save_picture(overlay_path(folder, image_id), named_overlay(one.image(0), mask, one.classes))
+
+
+def overlay_path(folder: Path, image_id: str) -> Path:
+    """Where the overlay of an image lies in a folder of masks."""
+    return folder / "overlays" / f"{image_id}.png"
 
 
 def missing(mask_dir: str | Path, image_ids: Sequence[str]) -> list[str]:
@@ -152,6 +159,9 @@ def read_checked(path: Path, size: Size, classes: int, ignore: bool = False) -> 
     mask = read_mask(path)
     check_size(path, mask, size, "make the masks at the images' own size")
     wrong = mask[(mask > classes) & ~((mask == IGNORE) & ignore)]
+    if wrong.size and (wrong == IGNORE).all():
+        raise UserError(f"{path} holds pixels of no class (255), which cannot be scored; give them a class, or 0 for "
+                        "the background")
     if wrong.size:
         raise UserError(f"{path} holds the value {wrong[0]}, but the dataset has {classes} classes; are these the "
                         "masks of another dataset?")

@@ -11,19 +11,19 @@ from models.backbone import Network
 from models.deeplab import labelled_pixels, segmentation_loss
 from models.weights import build_network, pack
 from src import gallery
-from src.eval import Stage, evaluate
+from src.eval import Stage, evaluate, remove_earlier
 from src.inference import known_keys, make_masks, mask_folder
 from src.masks import MaskConfig, check_complete, mask_path, read_checked
 from src.pipeline import DeepLabPipeline
 from src.records import record_hash
 from src.split_map import map_split, network_threads, through_network
 from src.train import held_out, initialise, rounded_crop, split_holdout
-from src.training.loop import MicroBatch, Task, train
+from src.training.loop import MicroBatch, Task, check_finite, train
 from utils import distributed
 from utils.config import BackboneConfig, Machine, TrainConfig
 from utils.datasets.base import Dataset
 from utils.errors import UserError
-from utils.files import save_scores, sizes_hash
+from utils.files import contents_hash, save_scores
 from utils.grids import resize_labels
 from utils.labels import IGNORE
 from utils.loader import TrainingSamples, Views, WholeImages
@@ -56,7 +56,7 @@ def mask_reader(dataset: Dataset, mask_dir: str) -> Callable[[Dataset, int], np.
 
 def mask_hash(dataset: Dataset, mask_dir: str) -> str:
     """Tells the training masks of a folder from others; "gt" for ground truth."""
-    return "gt" if mask_dir == "gt" else sizes_hash(mask_path(Path(mask_dir), image_id) for image_id in dataset.ids)
+    return "gt" if mask_dir == "gt" else contents_hash(mask_path(Path(mask_dir), image_id) for image_id in dataset.ids)
 
 
 def read_truth(dataset: Dataset, index: int) -> np.ndarray:
@@ -116,7 +116,7 @@ def _miou(network: Network, held: Dataset, read: Callable[[Dataset, int], np.nda
     classes, position = len(held.classes) + 1, {image_id: i for i, image_id in enumerate(held.ids)}
     total = np.zeros((classes, classes), np.int64)
     for image_id, view, _ in held_out(held, images, machine):
-        prediction = network(view).float()[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
+        prediction = check_finite(network(view)).float()[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
         total += confusion(prediction, resize_labels(read(held, position[image_id]), prediction.shape), classes)
     return {"score": scores(sum(distributed.gather(total)))["miou"]}
 
@@ -151,6 +151,8 @@ def run_test(pipeline: DeepLabPipeline, dataset: Dataset, folders: tuple[Folder,
     print(f"Wrote {len(dataset)} masks to {folder.path}")
     if dataset.truth is None:
         print(f"{dataset.root} has no ground truth for split {dataset.split}: masks only, no scores")
+        if distributed.is_main():
+            remove_earlier(out)
         if report:
             gallery.write_unscored(out, dataset, maps.path, folder.path, machine.workers, record)
         elif distributed.is_main():

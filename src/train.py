@@ -22,14 +22,14 @@ from src.seeds import attach, is_fitted
 from src.seeds.cam import Plan, Seed
 from src.split_map import map_split, through_workers
 from src.training.head import fit_head
-from src.training.loop import MicroBatch, Task, train
-from src.training.resume import check_same_data, data_hash, resumed
+from src.training.loop import MicroBatch, Task, check_finite, train
+from src.training.resume import check_same_data, data_state, resumed
 from utils import distributed
 from utils.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
 from utils.config import BackboneConfig, Config, Machine, MapConfig, TrainConfig, WalkConfig
 from utils.datasets.base import Dataset
 from utils.errors import UserError
-from utils.files import sizes_hash, write_json
+from utils.files import contents_hash, write_json
 from utils.grids import largest_view, snapped_size
 from utils.labels import read_mask
 from utils.loader import TrainingSamples, Views, WholeImages, whole_image_loader
@@ -224,7 +224,7 @@ def _fit_head(network: Network, features: Features, contents: Callable[[], dict[
         record = {"step": "stage1", "options": dict(options)}
         write_json(out / "options.json", {**record, **environment(features.machine.device)})
         (out / NEWEST).unlink(missing_ok=True)  # of an earlier training, which must not be resumed here
-        save_checkpoint(path, {**record, "epoch": 0, "data": data_hash(dataset), **contents()})
+        save_checkpoint(path, {**record, "epoch": 0, **data_state(dataset), **contents()})
     distributed.barrier()
     return path
 
@@ -280,7 +280,8 @@ def _mean_average_precision(network: Network, held: Dataset, max_size: int, mach
 
     def images(own: Dataset) -> WholeImages:
         return WholeImages(own, Views((1.0,), max_size, backbone.stride, backbone.normalise), skip_bad=machine.skip_bad)
-    logits = {image_id: network(view)[0].float().cpu().numpy() for image_id, view, _ in held_out(held, images, machine)}
+    logits = {image_id: check_finite(network(view))[0].float().cpu().numpy()
+              for image_id, view, _ in held_out(held, images, machine)}
     logits = distributed.gather_dict(logits, held.ids)
     if not logits:  # none can be decoded
         return {"score": math.nan}
@@ -333,7 +334,7 @@ def run_stage2(dataset: Dataset, classifier: dict, plan: AffinityPlan, machine: 
         lambda: {"classes": list(dataset.classes), "networks": {"affinity": pack(network, **how),
                                                                 "classifier": classifier}},
         lambda batch: pair_counts(_on_grid(batch["target"]), offsets),
-        targets=sizes_hash(folder.path / f"{image_id}.png" for image_id in dataset.ids))
+        targets=contents_hash(folder.path / f"{image_id}.png" for image_id in dataset.ids))
     train(task, config, machine, out, options)
 
 

@@ -6,14 +6,17 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from script_runs import DATA, MACHINE, ROOT, SMALL, STAGE2, chain, copy, fork, read_json
-from test_training import COUNT, EPOCHS, Noise, classify, different, lines, run, tiny_task
+from test_training import COUNT, EPOCHS, STEPS, Noise, classify, different, lines, run, tiny_task
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.kill_resume import compare
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import ImageError, UserError
+from utils.files import save_cam, save_scores
 from utils.loader import TrainingSamples
 from utils.transforms import Augmentation
 
@@ -251,3 +254,30 @@ def test_a_diverged_training_stops_before_it_becomes_the_best(tmp_path):
     with pytest.raises(UserError, match="training has diverged: the mean loss of epoch 1 is .*; lower --lr"):
         run(tmp_path, tiny_task(loss))
     assert not (tmp_path / "model_best.pth.tar").exists(), sorted(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_the_last_step_made_infinite_never_become_the_best(tmp_path, value):
+    task, steps = tiny_task(), []
+
+    def after(optimiser, *_):
+        steps.append(1)
+        if len(steps) == STEPS:
+            with torch.no_grad():
+                task.network.head.weight[0, 0] = value
+    hook = register_optimizer_step_post_hook(after)
+    try:
+        with pytest.raises(UserError, match="training has diverged: the network's weights or outputs are not finite"):
+            run(tmp_path, task, epochs=1)
+    finally:
+        hook.remove()
+    assert len(steps) == STEPS and not (tmp_path / "model_best.pth.tar").exists(), sorted(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("save, shape", [(save_cam, (1, 4, 4)), (save_scores, (2, 4, 4))])
+def test_maps_that_are_not_finite_are_not_written(tmp_path, save, shape):
+    maps = np.ones(shape, np.float32)
+    maps[-1, 0, 0] = np.nan
+    with pytest.raises(UserError, match="the maps of photo are not finite: .*lower --lr"):
+        save(tmp_path, "photo", [0], maps, (16, 16))
+    assert not list(tmp_path.iterdir())

@@ -85,12 +85,9 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def sizes_hash(paths: Iterable[Path]) -> str:
-    """16 hex digits of the names and bytes of files: tells one folder of pictures from another without reading them.
-
-    Times do not count: a copy elsewhere has the same hash.
-    """
-    return short_hash(*(f"{path.name}\0{path.stat().st_size}\0".encode() for path in paths))
+def contents_hash(paths: Iterable[Path]) -> str:
+    """16 hex digits of the names and contents of files: tells one folder of small files from another."""
+    return short_hash(*(f"{path.name}\0{file_hash(path)}\0".encode() for path in paths))
 
 
 def file_stamp(path: str | Path) -> tuple[str, int, int]:
@@ -142,7 +139,9 @@ def save_cam(folder: str | Path, image_id: str, keys: Sequence[int], cam: np.nda
     """keys: (K,) zero-based class indices, ascending.  cam: (K, h, w) in [0, 1].  size: (H, W) of the image.
 
     The map is rounded to CAM_LEVELS steps: close to float16's own steps near 1, and a third smaller when compressed.
+    UserError for a map that is not finite.
     """
+    _check_finite(image_id, cam)
     cam = np.round(np.asarray(cam, np.float32) * CAM_LEVELS) / CAM_LEVELS
     save_arrays(folder, image_id, keys=np.asarray(keys, np.int64), cam=cam.astype(np.float16),
                 size=np.asarray(size, np.int64))
@@ -156,7 +155,11 @@ def load_cam(folder: str | Path, image_id: str) -> tuple[np.ndarray, np.ndarray]
 
 def save_scores(folder: str | Path, image_id: str, keys: Sequence[int], probabilities: np.ndarray,
                 size: tuple[int, int]) -> None:
-    """keys: (K,).  probabilities: (K + 1, h, w), background first.  size: (H, W) of the image."""
+    """keys: (K,).  probabilities: (K + 1, h, w), background first.  size: (H, W) of the image.
+
+    UserError for probabilities that are not finite.
+    """
+    _check_finite(image_id, probabilities)
     save_arrays(folder, image_id, keys=np.asarray(keys, np.int64), size=np.asarray(size, np.int64),
                 probabilities=np.asarray(probabilities, np.float16))
 
@@ -165,6 +168,12 @@ def load_scores(folder: str | Path, image_id: str) -> tuple[np.ndarray, np.ndarr
     """(keys int64 (K,), probabilities float32 (K + 1, h, w)) of one image."""
     keys, probabilities = load_arrays(folder, image_id, "keys", "probabilities", remedy="run: python run_inference.py")
     return keys, probabilities.astype(np.float32)
+
+
+def _check_finite(image_id: str, maps: np.ndarray) -> None:
+    if not np.isfinite(maps).all():
+        raise UserError(f"the maps of {image_id} are not finite: the network's weights have diverged; train it again "
+                        "with a lower --lr")
 
 
 def save_arrays(folder: str | Path, image_id: str, **arrays: np.ndarray) -> None:

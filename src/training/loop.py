@@ -73,6 +73,14 @@ class Task:
     targets: str = ""
 
 
+def check_finite(values: torch.Tensor) -> torch.Tensor:
+    """A network's weights or outputs as they are; UserError if they are not finite."""
+    if not values.isfinite().all():
+        raise UserError("training has diverged: the network's weights or outputs are not finite; lower --lr, or set "
+                        "--clip_grad")
+    return values
+
+
 def train(task: Task, config: TrainConfig, machine: Machine, run_dir: Path, options: Mapping[str, object]) -> Path:
     """Train a task and return the path of its model_best.pth.tar.
 
@@ -198,6 +206,8 @@ class Run:
     def finish_epoch(self) -> None:
         """Validate, log the epoch's means, and save."""
         means = {name: value / self.step for name, value in self.sums.items()}
+        for parameter in self.network.parameters():
+            check_finite(parameter)
         if means["loss"] > DIVERGED:
             raise UserError(f"training has diverged: the mean loss of epoch {self.epoch + 1} is {means['loss']:.3g}; "
                             "lower --lr, or set --clip_grad")

@@ -45,13 +45,15 @@ def state_of(run: Run, log_size: int) -> dict[str, object]:
     return {"optimizer": run.optimiser.state_dict(), "step_in_epoch": run.step,
             "steps_per_epoch": run.steps_per_epoch, "sums": run.sums, "best": run.best, "failures": run.failures,
             "processes": distributed.world(), "log_size": log_size, "generators": generators(),
-            "data": data_hash(run.task.samples.dataset), "targets": run.task.targets}
+            **data_state(run.task.samples.dataset), "targets": run.task.targets}
 
 
-def data_hash(dataset: Dataset) -> str:
-    """16 hex digits of the ids and labels of the images that a run learns from, in their order."""
+def data_state(dataset: Dataset) -> dict[str, str]:
+    """What a run learns from, 16 hex digits each: "data", the images' ids and labels in their order; "images", the
+    bytes that their files have.  A copy of them elsewhere is the same."""
     labels = b"" if dataset.labels is None else dataset.labels.tobytes()
-    return short_hash("\0".join(dataset.ids).encode(), labels)
+    return {"data": short_hash("\0".join(dataset.ids).encode(), labels),
+            "images": short_hash(str(dataset.file_sizes()).encode())}
 
 
 def restore(run: Run, path: Path) -> int:
@@ -107,7 +109,7 @@ def check_same_data(payload: Mapping[str, object], path: Path, dataset: Dataset)
         raise UserError(f"--resume: {path} was made with the classes {', '.join(payload['classes'][:4])}, ..., and "
                         f"{dataset.root} has {', '.join(dataset.classes[:4])}, ...; pass the same data, or leave "
                         "--resume out to start anew")
-    if payload.get("data") not in (None, data_hash(dataset)):
+    if any(payload.get(name) not in (None, value) for name, value in data_state(dataset).items()):
         raise UserError(f"--resume: {path} was made from other images or labels than those in {dataset.root}; pass the "
                         "same ones, or leave --resume out to start anew")
 

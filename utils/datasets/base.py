@@ -127,16 +127,22 @@ class Dataset:
         classes = json.dumps(self.classes).encode() if labels else b""
         stamps = []
         for index in range(len(self)):
-            path = self.image_path(index)
-            try:
-                # One look for each file: on Linux faster than os.scandir, whose entries lack sizes and times.
-                status = os.stat(path)
-            except FileNotFoundError:
-                raise missing_image(path) from None
-            row = self.label(index) if labels else None
-            stamps.append(short_hash(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(),
+            status, row = self._status(index), self.label(index) if labels else None
+            name = self.image_path(index).name
+            stamps.append(short_hash(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(),
                                      b"" if row is None else row.tobytes(), classes))
         return stamps
+
+    def file_sizes(self) -> list[int]:
+        """The bytes of each image's file; UserError if one is missing."""
+        return [self._status(index).st_size for index in range(len(self))]
+
+    def _status(self, index: int) -> os.stat_result:
+        # One look for each file: on Linux faster than os.scandir, whose entries lack sizes and times.
+        try:
+            return os.stat(self.image_path(index))
+        except FileNotFoundError:
+            raise missing_image(self.image_path(index)) from None
 
     def subset(self, keep: Iterable[int]) -> Self:
         """The same split with only the images at the positions `keep`."""
