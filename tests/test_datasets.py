@@ -350,6 +350,35 @@ def test_a_folder_is_refused_for(folder, fault):
     assert_says(refusal("folder", folder), *parts)
 
 
+def test_a_header_of_other_words_is_refused_before_its_second_word_becomes_a_class(folder):
+    for name in ("train.txt", "classes.txt"):
+        (folder / "labels.csv").write_text("filename,classes\na,tree;sky\nb,\nc,sky\n")
+        (folder / name).write_text("a\nb\n" if name == "train.txt" else "sky\ntree\n")
+        assert_says(refusal("folder", folder), folder / "labels.csv", "a line for 'filename'", "write image_id,class")
+
+
+def test_lines_without_an_image_are_warned_about_and_their_classes_do_not_count(folder, capsys):
+    (folder / "labels.csv").write_text("image_id,class\nq,car\na,tree\nb,sky\nc,sky\n")
+    (folder / "train.txt").write_text("a\nb\n")
+    assert opened("folder", folder).classes == ["sky", "tree"]
+    assert_says(capsys.readouterr().err, "1 of the 4 lines", folder / "labels.csv", "that of 'q'", "take the lines out")
+    (folder / "train.txt").write_text("a\nq\n")
+    assert_says(refusal("folder", folder), "names q (and 0 more)", "complete the images")
+
+
+def test_images_without_a_line_in_labels_csv_are_counted_once(folder, capsys):
+    (folder / "labels.csv").write_text("a,sky\n")
+    assert opened("folder", folder).ids == opened("folder", folder).ids == ["a"]
+    said = capsys.readouterr().err
+    assert_says(said, "2 of the 3 images", folder / "images", "such as b;", "add a line for each")
+    assert said.count("WARNING") == 1, said
+
+
+def test_a_space_before_a_quoted_class_is_no_part_of_its_name(folder):
+    (folder / "labels.csv").write_text('a, "tree;sky"\n"b", \nc, "sky"\n')
+    assert opened("folder", folder).classes == ["sky", "tree"]
+
+
 def test_a_folder_without_labels_csv_is_refused(folder):
     (folder / "labels.csv").unlink()
     assert_says(refusal("folder", folder), "no file", "labels.csv")
