@@ -7,7 +7,20 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from trees import LISTS, TRIMAP, H, W, opened, save_grey, save_picture, write_lists
+from trees import (
+    LISTS,
+    TRIMAP,
+    H,
+    W,
+    make_coco,
+    make_folder,
+    make_pet,
+    make_voc,
+    opened,
+    save_grey,
+    save_picture,
+    write_lists,
+)
 
 from utils import distributed
 from utils.config import DataConfig
@@ -439,6 +452,19 @@ def test_a_corrected_line_in_labels_csv_changes_its_stamp_where_labels_count(fol
     dataset = opened("folder", folder)
     assert changed(before[True], dataset.stamps(True)) == [1], dataset.labels.tolist()
     assert changed(before[False], dataset.stamps(False)) == [], "labels count though they were not to"
+
+
+@pytest.mark.parametrize("kind, make, file", [
+    ("voc", make_voc, "SegmentationClass/2007_000001.png"), ("coco", make_coco, "annotations/instances_train2014.json"),
+    ("folder", make_folder, "masks/b.png"), ("pet", make_pet, "annotations/trimaps/beagle_1.png")])
+def test_the_stamp_of_ground_truth_changes_with_its_files(tmp_path, monkeypatch, kind, make, file):
+    monkeypatch.chdir(tmp_path)  # of the cache of COCO's JSON
+    make(tmp_path / "data")
+    split = "train" if kind in ("voc", "coco") else None
+    before = opened(kind, tmp_path / "data", split).truth_stamp()
+    assert before is not None and before == opened(kind, tmp_path / "data", split).truth_stamp()
+    os.utime(tmp_path / "data" / file, (1, 1))
+    assert opened(kind, tmp_path / "data", split).truth_stamp() != before
 
 
 def test_a_new_class_changes_every_stamp_where_labels_count(folder):

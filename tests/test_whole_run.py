@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from script_runs import MACHINE, ROOT, chain, copy, finish, read_json, start
+from script_runs import MACHINE, ROOT, chain, copy, finish, mask_picture, read_json, start
 from trees import make_folder, make_voc
 
 from data.make_toy import make_toy
@@ -197,6 +197,48 @@ def test_changed_images_are_not_skipped(toy):
     with pytest.raises(UserError, match="was trained on other masks"):
         run_plan(plan, fake)
     assert fake.steps() == [1, 2, 3, 4], "fewer images to train on"
+
+
+def test_edited_ground_truth_is_scored_again(toy):
+    plan, fake = planned(toy, *CAM), Fake()
+    run_plan(plan, fake)
+    fake.asked.clear()
+    for name, step in (("trainval", 4), ("test", 6)):
+        image_id = (toy / f"annotations/{name}.txt").read_text().split()[0]
+        mask_picture(toy / "annotations/trimaps" / f"{image_id}.png", np.full((48, 48), 2))
+        run_plan(plan, fake)
+        assert fake.steps() == [step], f"a trimap of {name}"
+        run_plan(plan, fake)
+        assert fake.steps() == []
+
+
+def test_a_file_of_weights_that_was_replaced_is_not_taken_for_the_one_before(toy):
+    weights = toy.parent / "weights.pth"
+    weights.write_text("some")
+    flags = ("--method", "mixture", "--step", 1, "--pretrained", weights)
+    fake = Fake(head_only=True)
+    run_plan(planned(toy, *flags, until=3), fake)
+    fake.asked.clear()
+    weights.write_text("others")
+    run_plan(planned(toy, *flags, until=3), fake)
+    assert fake.steps() == [1, 3]
+    fake.head_only, flags = False, ("--method", "cam", "--step", 1, "--pretrained", weights)
+    run_plan(planned(toy, *flags, "--overwrite", until=1), fake)
+    weights.write_text("yet others")
+    with pytest.raises(UserError, match="stage1 was trained from another file than .*weights.pth is now; pass --over"):
+        run_plan(planned(toy, *flags, "--no-overwrite", until=1), fake)
+
+
+def test_a_record_without_stamps_of_files_is_believed(toy):
+    plan, fake = planned(toy, *CAM, until=4), Fake()
+    run_plan(plan, fake)
+    fake.asked.clear()
+    steps = read_json(plan.folder / RECORD)["steps"]
+    write_json(plan.folder / RECORD, {"steps": {step: {key: value for key, value in entry.items()
+                                                       if key not in ("files", "truth")}
+                                                for step, entry in steps.items()}})
+    run_plan(plan, fake)
+    assert fake.steps() == []
 
 
 def test_a_failing_step_ends_the_run_and_the_same_plan_goes_on_from_there(toy):

@@ -24,7 +24,7 @@ class Command:
     """One step of a whole run.
 
     argv: the script and its flags.  options: what they say, by flag.  out: its folder.  results: the files that are
-    there when it is done.  after: the step whose results it reads.
+    there when it is done.  after: the step whose results it reads.  scored: the split it scores, if it scores one.
     """
     step: int
     argv: tuple[str, ...]
@@ -32,6 +32,7 @@ class Command:
     out: Path
     results: tuple[Path, ...]
     after: int | None
+    scored: DataConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ class _Planner:
                    4: (out / "scores.json",), 5: (out / BEST,), 6: (out / "masks" / MANIFEST,)}[number]
         args = {name: value for name, value in vars(self.parse(number, own)).items() if value is not None}
         after = {1: None, 2: 1, 3: 2 if self.walk else 1, 4: 2 if self.walk else 1, 5: 3, 6: 5}[number]
-        return Command(number, (*STEPS[number].script, *own, *self.given[number]), args, out, results, after)
+        return Command(number, (*STEPS[number].script, *own, *self.given[number]), args, out, results, after,
+                       self.scored_data(number) if number in (4, 6) else None)
 
     def classifier(self) -> str:
         """Path of the checkpoint of step 1; one of ours that was given stays where it is."""
@@ -134,17 +136,22 @@ class _Planner:
         split = DATASETS[self.data.dataset].scored_split
         return [] if split is None or self.data.split or self.data.ids else ["--split", split]
 
-    def scored(self, number: int) -> bool:
-        """Whether the split of step 4 or 6 has ground truth; UserError if it is not complete."""
-        data = {**vars(self.data), "download": False}
+    def scored_data(self, number: int) -> DataConfig:
+        """The images that step 4 or 6 scores."""
+        data = dict(vars(self.data))
         if number == 6:
             split = DATASETS[self.data.dataset].tested(self.data.data_root)
             data.update(split=split, ids=None)
         given = self.parse(number, self.scored_split() if number == 4 else ())
         data.update({name: value for name, value in vars(given).items() if name in data and value is not None})
-        if self.data.download and not Path(data["data_root"]).is_dir():
+        return DataConfig(**{**data, "download": False})
+
+    def scored(self, number: int) -> bool:
+        """Whether the split of step 4 or 6 has ground truth; UserError if it is not complete."""
+        data = self.scored_data(number)
+        if self.data.download and not Path(data.data_root).is_dir():
             return True  # it is fetched with its ground truth
-        dataset = open_dataset(DataConfig(**data))
+        dataset = open_dataset(data)
         if dataset.truth is None:
             return False
         dataset.check_truth()

@@ -22,7 +22,7 @@ from pathlib import Path
 from utils.config import DataConfig
 from utils.datasets import open_dataset
 from utils.errors import UserError
-from utils.files import read_json, short_hash, write_json
+from utils.files import file_stamp, read_json, short_hash, write_json
 from utils.log import duration
 from utils.options import RESUME_FREE
 from utils.runtime import run_main
@@ -35,6 +35,7 @@ RECORD = "whole_run.json"
 TRAININGS = (1, 2, 5)
 SCORES = ("miou", "fg_iou", "image_fg_iou")
 Runner = Callable[[Sequence[str]], int]  # (script, flag, ...) -> exit status
+Sources = Mapping[str, object]
 
 
 class StepFailed(UserError):
@@ -99,60 +100,85 @@ def run_plan(plan: Plan, run: Runner = run_script) -> dict[int, float | None]:
     record, seconds = _Record(plan.folder / RECORD), {}
     for command in plan.commands:
         fresh = seconds.get(command.after) is None  # what it reads is as it was
-        if not plan.overwrite and fresh and record.done(command):
+        sources = _sources(command, plan.folder)
+        if not plan.overwrite and fresh and record.done(command, sources):
             seconds[command.step] = None
             continue
-        argv = command.argv if plan.overwrite else (*command.argv, *record.continued(command))
-        record.note(command, "started")
+        argv = command.argv if plan.overwrite else (*command.argv, *record.continued(command, sources))
+        record.note(command, sources, "started")
         started = time.monotonic()
         status = run(argv)
         if status:
             raise StepFailed(command.step, status)
         seconds[command.step] = round(time.monotonic() - started, 1)
-        record.note(command, "done", seconds[command.step])
+        record.note(command, sources, "done", seconds[command.step])
     return seconds
 
 
 class _Record:
-    """whole_run.json: which steps were started and done, with which flags, from which masks."""
+    """whole_run.json: which steps were started and done, with which flags, from which masks and other files.
+
+    sources: of a step, from `_sources`.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self.steps = read_json(path, f"delete it, and {path.parent} with it, to start anew")["steps"] \
             if path.is_file() else {}
 
-    def note(self, command: Command, state: str, seconds: float | None = None) -> None:
+    def note(self, command: Command, sources: Sources, state: str, seconds: float | None = None) -> None:
         """Remember how far a step is."""
-        entry = {"state": state, "flags": _flags(command), "masks": _masks(command), "command": list(command.argv)}
+        entry = {"state": state, "flags": _flags(command), **sources, "command": list(command.argv)}
         self.steps[str(command.step)] = {**entry, **({} if seconds is None else {"seconds": seconds})}
         write_json(self.path, {"steps": self.steps})
 
-    def done(self, command: Command) -> bool:
+    def done(self, command: Command, sources: Sources) -> bool:
         """Whether a step is done with the same flags, from the same data, and its results are there."""
-        return (self._same(command) and self.steps[str(command.step)]["state"] == "done"
+        return (self._same(command, sources) and self.steps[str(command.step)]["state"] == "done"
                 and all(path.is_file() for path in command.results)
                 and all(_unchanged(path) for path in command.results if path.name == "manifest.json"))
 
-    def _same(self, command: Command) -> bool:
-        entry = self.steps.get(str(command.step), {})
-        return entry.get("flags") == _flags(command) and entry.get("masks") == _masks(command)
+    def _same(self, command: Command, sources: Sources) -> bool:
+        entry = self.steps.get(str(command.step), {})  # an older record names fewer sources
+        return entry.get("flags") == _flags(command) and all(entry.get(name, now) == now
+                                                             for name, now in sources.items())
 
-    def continued(self, command: Command) -> list[str]:
+    def continued(self, command: Command, sources: Sources) -> list[str]:
         """What a step that is not done needs besides its flags, to go on where it was stopped.
 
-        UserError, with the remedy for a whole run, if DeepLab was trained on other masks than there are now.
+        UserError, with the remedy for a whole run, if a network was trained on other masks, or from another file of
+        weights, than there are now.
         """
         entry = self.steps.get(str(command.step))
         if command.step not in TRAININGS or entry is None:
             return []
         if (command.out / NEWEST).is_file():
-            if entry["masks"] != _masks(command):
+            if entry["masks"] != sources["masks"]:
                 raise UserError(f"the DeepLab in {command.out} was trained on other masks than there are now in "
                                 f"{command.options['mask_dir']}; pass --overwrite to make all anew, or delete that "
                                 "folder of DeepLab")
+            before = entry.get("files", sources["files"])
+            if any(before.get(path, stamp) != stamp for path, stamp in sources["files"].items()):
+                raise UserError(f"the network in {command.out} was trained from another file than "
+                                f"{' and '.join(sources['files'])} is now; pass --overwrite to make all anew, or put "
+                                "the file of before back")
             return ["--resume"]
         # A head that is fitted in one pass has no other state.
-        return ["--resume"] * (self._same(command) and entry["state"] == "started" and (command.out / BEST).is_file())
+        return ["--resume"] * (self._same(command, sources) and entry["state"] == "started"
+                               and (command.out / BEST).is_file())
+
+
+def _sources(command: Command, folder: Path) -> Sources:
+    """What a step is made from besides its flags and images: tells whether it is still the same.
+
+    files: {path: size and time of change} of the checkpoints that flags name, but for those of the run itself, in
+    `folder`, which change with their step.  truth: of the ground truth that the step scores with.
+    """
+    named = (command.options.get(flag) for flag in ("model_path", "pretrained"))
+    files = {path: list(file_stamp(path)[1:]) for path in named if path and Path(path).is_file()
+             and not Path(path).resolve().is_relative_to(folder.resolve())}
+    truth = None if command.scored is None else open_dataset(command.scored).truth_stamp()
+    return {"masks": _masks(command), "files": files, "truth": truth}
 
 
 def _flags(command: Command) -> dict[str, object]:

@@ -12,15 +12,16 @@ import numpy as np
 from utils import distributed
 from utils.datasets.lists import mask_file, without_mask
 from utils.errors import UserError
-from utils.files import short_hash
+from utils.files import file_stamp, short_hash
 from utils.grids import capped_size, resize_image
 from utils.images import image_size, missing_image, read_image, read_reduced
 from utils.labels import IGNORE, read_mask
 from utils.log import say
 from utils.recipes import by_step
 
-# (image id, its row of labels) -> (where the mask comes from, for messages; mask, uint8 (H, W)).  May have two methods:
-# missing(ids) -> the ids without a mask; size(image_id) -> (H, W) of a mask, from its header.
+# (image id, its row of labels) -> (where the mask comes from, for messages; mask, uint8 (H, W)).  May have methods:
+# missing(ids) -> the ids without a mask; files(ids) -> the files that hold theirs; size(image_id) -> (H, W) of a mask,
+# from its header.
 Truth = Callable[[str, np.ndarray | None], tuple[Path | str, np.ndarray]]
 
 
@@ -144,6 +145,16 @@ class Dataset:
         except FileNotFoundError:
             raise missing_image(self.image_path(index)) from None
 
+    def truth_stamp(self) -> str | None:
+        """16 hex digits that change when the ground truth of the split does (its files, ids, labels, classes); None if
+        there is none.  Folders do not count, as in `stamps`."""
+        if self.truth is None:
+            return None
+        files = getattr(self.truth, "files", None)
+        stamps = [(path.name, *file_stamp(path)[1:]) for path in (files(self.ids) if files else ()) if path.is_file()]
+        labels = b"" if self.labels is None else self.labels.tobytes()
+        return short_hash(json.dumps([self.classes, self.ids, stamps]).encode(), labels)
+
     def subset(self, keep: Iterable[int]) -> Self:
         """The same split with only the images at the positions `keep`."""
         keep = list(keep)
@@ -219,6 +230,10 @@ class Pictures:
     def size(self, image_id: str) -> tuple[int, int] | None:
         """(H, W) of a mask, or None if there is none that can be read."""
         return mask_size(self.find(image_id))
+
+    def files(self, ids: Iterable[str]) -> list[Path]:
+        """The masks that there are of some images."""
+        return [path for path in map(self.find, ids) if path is not None]
 
     def __call__(self, image_id: str, _: np.ndarray | None) -> tuple[Path, np.ndarray]:
         path = self.find(image_id) or self.folders[0] / f"{image_id}.png"

@@ -25,6 +25,10 @@ class Trimaps:
         """(H, W) of a trimap, or None if there is none that can be read."""
         return mask_size(mask_file([self.folder], image_id))
 
+    def files(self, ids: Sequence[str]) -> list[Path]:
+        """The trimaps that there are of some images."""
+        return [path for image_id in ids if (path := mask_file([self.folder], image_id)) is not None]
+
     def __call__(self, image_id: str, labels: np.ndarray) -> tuple[Path, np.ndarray]:
         path = mask_file([self.folder], image_id) or self.folder / f"{image_id}.png"
         mapping = {1: int(labels.argmax()) + 1, 2: 0, 3: IGNORE}

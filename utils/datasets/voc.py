@@ -116,6 +116,10 @@ class VocMasks:
         """(H, W) of a mask that is a picture, from its header; None of others."""
         return self.pictures.size(image_id)
 
+    def files(self, ids: Sequence[str]) -> list[Path]:
+        """The masks that there are of some images."""
+        return [path for path in map(self.find, ids) if path is not None]
+
     def __call__(self, image_id: str, labels: np.ndarray | None) -> tuple[Path, np.ndarray]:
         path = self.find(image_id)
         if path is None or path.suffix != ".mat":
