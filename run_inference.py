@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.images is not None and args.labels == "gt":
         parser.error("--images has no labels to go by; leave --labels out")
+    if args.images is not None:
+        flags.refuse_unused(parser, args, flags.CHOICE, flags.NO_CHOICE)
     args.model_path = chosen_checkpoint(args.model_path, "stage2", parser.flags["model_path"])
     from src import inference, start
     from src.affinity_maps import show_affinity, shown_images

@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--images has no labels to go by, and is no split; leave --labels and --submission out")
     if args.images is not None and args.report:
         parser.error("--report is of a split, and --images is none; leave --report out")
+    if args.images is not None:
+        flags.refuse_unused(parser, args, flags.CHOICE, flags.NO_CHOICE)
     args.model_path = chosen_checkpoint(args.model_path, "deeplab")
     from models.weights import load_model
     from src import inference, segment, start

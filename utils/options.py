@@ -1,7 +1,7 @@
 """Every flag of the scripts, declared once: its type, unit, meaning, default and group."""
 import argparse
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -173,6 +173,8 @@ FLAGS = {
 }
 
 DATA = ("dataset", "data_root", "split", "ids", "limit", "difficult")
+CHOICE = ("split", "ids", "limit")  # which images of a dataset
+NO_CHOICE = "they choose images of a dataset, and --images names images by itself; leave one of them out"
 OPENING = (*DATA, "download", "large_images")  # all that decides which split is opened
 NETWORK = ("backbone", "width", "output_stride", "dilated")
 BACKBONE = (*NETWORK, "pretrained")
@@ -317,6 +319,17 @@ def resolve(parser: Parser, args: argparse.Namespace, upstream: Mapping[str, obj
         if taken:
             say(f"Defaults of {source}: {_listed(taken)}")
     return args
+
+
+def refuse_unused(parser: Parser, args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
+    """A parser's error if flags were typed that have no effect here; to be called before `resolve` fills them.
+
+    reason: why they have none, and the remedy.
+    """
+    typed = [f"--{'no-' if value is False else ''}{name}" for name in names
+             if (value := getattr(args, name, None)) is not None]
+    if typed:
+        parser.error(f"{' and '.join(typed)}: {reason}")
 
 
 def default_method(pretrained: str) -> str:
