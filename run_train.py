@@ -57,9 +57,14 @@ def stage1(parser: flags.Parser, args: argparse.Namespace) -> int:
     from src.training.resume import check_run_dir, resumed
     args.pretrained = start.settled_pretrained(args.pretrained, args.backbone or parser.flags["backbone"])
     args.method = args.method or flags.default_method(args.pretrained)
+    args.head_only = args.method == "mixture" if args.head_only is None else args.head_only
+    if args.head_only:
+        unused = ("cutmix", "long_side", *("bn",) * (args.bn == "train"))
+        flags.refuse_unused(parser, args, unused, "the classifier's head is fitted and nothing is trained, by "
+                            f"--head_only or --method {args.method}; leave it out, or pass --method cam to train")
+    _refuse_other_methods(parser, args)
     flags.resolve(parser, args)
     start.check_network(args)
-    args.head_only = args.method == "mixture" if args.head_only is None else args.head_only
     seed, backbone = seed_class(args.method), BackboneConfig.of(vars(args))
     settings = seed.Settings.of(vars(args))
     args.freeze = train.settled_freeze(seed, settings, backbone, args.pretrained, args.freeze, args.accumulate,
@@ -81,8 +86,20 @@ def stage1(parser: flags.Parser, args: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_other_methods(parser: flags.Parser, args: argparse.Namespace) -> None:
+    """A parser's error for flags of a seed method other than --method."""
+    own = SEED_FLAGS.get(args.method, {})
+    for method, other in SEED_FLAGS.items():
+        flags.refuse_unused(parser, args, (name for name in other if name not in own),
+                            f"of --method {method}, and this is --method {args.method}; leave it out, or pass --method "
+                            f"{method}")
+
+
 def adopt(parser: flags.Parser, args: argparse.Namespace) -> int:
     """Take the classifier at --model_path as it is, and write the CAMs."""
+    unused = ("cutmix", "long_side", *(name for own in SEED_FLAGS.values() for name in own))
+    flags.refuse_unused(parser, args, unused, "--model_path takes a classifier as it is and trains nothing; leave one "
+                        "of them out")
     args.model_path = chosen_checkpoint(args.model_path, "stage1")
     from models.weights import load_model
     from src import start, train

@@ -43,6 +43,9 @@ ARGUMENTS = {  # refused before anything is read
                               ("--split and --ids and --limit", "--images", "leave one of them out")),
     "a_choice_of_any_image_by_deeplab": (("test_deeplab.py", "--images", "x", "--limit", 1),
                                          ("--limit", "--images", "leave one of them out")),
+    "a_training_flag_beside_a_finished_classifier": (
+        ("run_train.py", "--stage", 1, "--model_path", "c", "--cutmix", 0.5, "--avc_start", 0.5),
+        ("--cutmix and --avc_start", "--model_path takes a classifier as it is", "leave one")),
     "a_missing_stage": (("run_train.py",), ("--stage",)),
     "masks_and_checkpoint_together": (("run_eval.py", "--mask_dir", "m", "--model_path", "c"),
                                       ("--mask_dir", "--model_path", "pass one of them")),
@@ -321,6 +324,22 @@ def common_with_too_few_frozen_blocks(folder):
 @refusal("--cutmix", "--method avc", "leave one of them out")
 def avc_with_cutmix(folder):
     return *STAGE_1, "--method", "avc", "--cutmix", 0.5
+
+
+@refusal("--cutmix and --long_side and --bn:", "--head_only or --method mixture", "--method cam to train")
+def training_flags_of_a_mixture_whose_head_is_fitted(folder):
+    random_weights(folder, "weights.pth", "backbone", kind="classifier", backbone="resnet18", classes=1)
+    return (*STAGE_1, "--pretrained", "weights.pth", "--cutmix", 0.5, "--long_side", 40, 60, "--bn", "train")
+
+
+@refusal("--cutmix:", "nothing is trained, by --head_only", "leave it out")
+def cutmix_of_a_head_that_is_fitted(folder):
+    return *STAGE_1, "--head_only", "--cutmix", 0.5
+
+
+@refusal("--avc_colour: of --method avc, and this is --method cam", "leave it out, or pass --method avc")
+def a_flag_of_another_method(folder):
+    return *STAGE_1, "--method", "cam", "--avc_colour", 3
 
 
 @refusal("--method avc", "--accumulate", "leave one of them out")
