@@ -138,7 +138,7 @@ def stage2(parser: flags.Parser, args: argparse.Namespace) -> int:
     args.split = dataset.split
     from models.weights import load_model
     from src import start, train
-    from src.masks import LabelConfig
+    from src.masks import LabelConfig, check_cams, missing
     from src.records import check_same_classifier, with_classes
     from src.training.resume import check_run_dir, resumed
     classifier = load_model(args.model_path, steps=("stage1",))
@@ -162,7 +162,9 @@ def stage2(parser: flags.Parser, args: argparse.Namespace) -> int:
                               Path(args.cam_dir))
     if args.resume:
         resumed(Path(args.output_dir) / NEWEST, "stage2", vars(args))
-    train.label_folder(plan, Path(args.output_dir), args.overwrite).check(dataset)
+    labels = train.label_folder(plan, Path(args.output_dir), args.overwrite)
+    labels.check(dataset)
+    check_cams(args.cam_dir, dataset.ids if args.overwrite else missing(labels.path, dataset.ids))
     if start.begin("Step 2", args, machine, dataset):
         train.run_stage2(dataset, classifier["networks"]["classifier"], plan, machine, Path(args.output_dir),
                          vars(args))

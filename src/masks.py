@@ -1,4 +1,5 @@
 """From score maps to masks, one image at a time: CRF, threshold, affinity labels.  No torch: workers import this."""
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,15 @@ def check_complete(mask_dir: str | Path, image_ids: Sequence[str]) -> None:
     if lacking:
         raise UserError(f"no mask {Path(mask_dir) / lacking[0]}.png (and {len(lacking) - 1} more); run: "
                         "python run_inference.py, or name a folder that has them all")
+
+
+def check_cams(cam_dir: str | Path, image_ids: Sequence[str]) -> None:
+    """UserError, before any work, unless a folder has the CAM of every image."""
+    there = set(os.listdir(cam_dir))
+    lacking = [image_id for image_id in image_ids if f"{image_id}.npz" not in there]
+    if lacking:
+        raise UserError(f"no CAM for {lacking[0]} in {cam_dir} (and {len(lacking) - 1} more); run: python run_train.py "
+                        "--stage 1 for these images too, or choose others by --split, --ids or --limit")
 
 
 def check_whole(mask_dir: str | Path, dataset: Dataset, purpose: str) -> None:
