@@ -15,6 +15,7 @@ from utils.store import check_data, chosen_checkpoint, made_of, mask_record
 NAMES = ("model_path", "mask_dir", *flags.DATA, *flags.MAPS, *flags.WALK, "crf", *flags.CRF, "max_size", "cam_dir",
          "output_dir", "overwrite", "report", "show_affinity", *flags.MACHINE)
 INHERITED = (*flags.DATA, "scales", "flip", "alternate", "max_size", "radius", "precision", "cam_dir")
+OF_NETWORKS = ("scales", "flip", "alternate", *flags.WALK, "crf", *flags.CRF, "cam_dir")  # which make the masks
 OF_MASKS = ("labels", "bg_alpha", "beta", "walk_steps", "walk_eps")  # inherited from masks, whose scores are asked for
 
 
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--mask_dir scores masks as they are and --model_path makes them; pass one of them")
     payload, manifest, crf = None, None, None
     if args.mask_dir:
+        flags.refuse_unused(parser, args, OF_NETWORKS, "--mask_dir scores masks as they are; leave one of them out")
         manifest = mask_record(args.mask_dir)
         made_by = (manifest["options"], args.mask_dir) if manifest else (None, None)
         flags.resolve(parser, args, *made_by, (*INHERITED, *OF_MASKS))

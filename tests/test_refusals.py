@@ -46,6 +46,9 @@ ARGUMENTS = {  # refused before anything is read
     "a_training_flag_beside_a_finished_classifier": (
         ("run_train.py", "--stage", 1, "--model_path", "c", "--cutmix", 0.5, "--avc_start", 0.5),
         ("--cutmix and --avc_start", "--model_path takes a classifier as it is", "leave one")),
+    "flags_of_networks_beside_masks": (
+        ("run_eval.py", "--mask_dir", "m", "--no-crf", "--bg_threshold", 0.01, "--scales", 3),
+        ("--scales and --bg_threshold and --no-crf", "--mask_dir scores masks as they are", "leave one of them out")),
     "a_missing_stage": (("run_train.py",), ("--stage",)),
     "masks_and_checkpoint_together": (("run_eval.py", "--mask_dir", "m", "--model_path", "c"),
                                       ("--mask_dir", "--model_path", "pass one of them")),
