@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     from src import start
     from src.affinity_maps import show_affinity, shown_images
     from src.inference import SplitScores
-    from src.masks import MaskConfig, check_complete
+    from src.masks import MaskConfig, check_complete, decodable
     from src.pipeline import Pipeline
     from src.records import check_classes, with_classes
     if manifest:
@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         check_data(dataset, manifest, args.mask_dir)
     if args.mask_dir:
         dataset = made_of(dataset, args.mask_dir)
+        dataset = decodable(dataset) if args.on_bad_image == "skip" else dataset
         check_complete(args.mask_dir, dataset.ids)
         args.model_path = None
     else:
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         args.crf_backend = args.crf_backend if crf is None else crf.backend
     args.labels = start.settled_labels(args.labels, dataset)
     dataset.check_truth()
-    shown = shown_images(args.show_affinity, dataset)
+    shown = shown_images(args.show_affinity, dataset, skip_bad=args.on_bad_image == "skip")
     machine = start.machine_of(args)
     if payload:
         pipeline = Pipeline(payload, MapConfig.of(vars(args)), WalkConfig.of(vars(args)), machine)

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         args.split = dataset.split
         payload = with_classes(payload, dataset, args.model_path)
         args.labels = start.settled_labels(args.labels, dataset)
-    shown = shown_images(args.show_affinity, dataset, paths)
+    shown = shown_images(args.show_affinity, dataset, paths, args.on_bad_image == "skip")
     machine = start.machine_of(args)
     pipeline = Pipeline(payload, MapConfig.of(vars(args)), WalkConfig.of(vars(args)), machine)
     how = MaskConfig(crf, args.max_size, args.bg_threshold, None if walked else args.bg_alpha)

@@ -9,11 +9,11 @@ from src.inference import result_names
 from src.pipeline import Pipeline
 from utils import distributed
 from utils.datasets.base import Dataset
-from utils.errors import UserError
+from utils.errors import ImageError, UserError
 from utils.grids import Size, resize_maps
 from utils.images import image_size, read_image
 from utils.loader import Views
-from utils.log import progress
+from utils.log import progress, warn
 from utils.visualize import heatmap, overlay, save_picture
 
 COUNT = 8   # images of a split that are shown
@@ -27,31 +27,47 @@ def show_affinity(pipeline: Pipeline, paths: Sequence[Path], chosen: tuple[int, 
     """
     if not distributed.is_main():
         return
+    shown = 0
     for path, name in progress(list(zip(paths, result_names(paths))), "affinity"):
-        image = read_image(path, displayed=True)
+        try:
+            image = read_image(path, displayed=True)
+        except ImageError as error:  # damaged behind its header
+            if not pipeline.machine.skip_bad:
+                raise
+            warn(f"Skipping {path}: {error}")
+            continue
+        shown += 1
         at = place(chosen, image.shape[:2])
         save_picture(folder / f"{name}_cam.png", picture(image, cam_vector(pipeline, image, at), chosen))
         if "affinity" in pipeline.records:
             vector = walk_vector(pipeline, image, at)
             save_picture(folder / f"{name}_affinitynet.png", picture(image, vector, chosen))
-    print(f"Wrote the affinity of pixel {chosen[0]},{chosen[1]} in {len(paths)} images to {folder}")
+    print(f"Wrote the affinity of pixel {chosen[0]},{chosen[1]} in {shown} images to {folder}")
 
 
-def shown_images(chosen: tuple[int, int] | None, dataset: Dataset | None, paths: Sequence[Path] | None = None
-                 ) -> list[Path]:
+def shown_images(chosen: tuple[int, int] | None, dataset: Dataset | None, paths: Sequence[Path] | None = None,
+                 skip_bad: bool = False) -> list[Path]:
     """Paths of the images to show: all of `paths`, or the first COUNT of a split; none if no pixel was chosen.
 
+    skip_bad: leave out those that cannot be decoded.
     Raises UserError, before the step's work, if one is too small to have the pixel (x, y).
     """
     if chosen is None:
         return []
     paths = paths or [dataset.image_path(i) for i in range(min(COUNT, len(dataset)))]
+    found = []
     for path in paths:
-        height, width = image_size(path, displayed=True)
+        try:
+            height, width = image_size(path, displayed=True)
+        except ImageError:  # whoever makes its mask says that it is skipped
+            if not skip_bad:
+                raise
+            continue
         if chosen[0] >= width or chosen[1] >= height:
             raise UserError(f"--show_affinity {chosen[0]},{chosen[1]}: {path} is {width}x{height} pixels; pass an X "
                             f"below {width} and a Y below {height}, or other images")
-    return list(paths)
+        found.append(path)
+    return found
 
 
 def place(chosen: tuple[int, int], size: Size) -> tuple[float, float]:

@@ -9,10 +9,11 @@ import numpy as np
 from utils.crf import CRF, dense_crf
 from utils.datasets.base import Dataset, check_size
 from utils.datasets.lists import mask_file, without_mask
-from utils.errors import UserError
+from utils.errors import ImageError, UserError
 from utils.files import load_cam, load_scores
 from utils.grids import Size, capped_size, resize_image, resize_labels, resize_maps
 from utils.labels import IGNORE, read_mask, save_mask
+from utils.log import warn
 from utils.maps import move_threshold, to_mask, with_background
 from utils.visualize import named_overlay, save_picture
 
@@ -139,6 +140,26 @@ def check_complete(mask_dir: str | Path, image_ids: Sequence[str]) -> None:
     if lacking:
         raise UserError(f"no mask {Path(mask_dir) / lacking[0]}.png (and {len(lacking) - 1} more); run: "
                         "python run_inference.py, or name a folder that has them all")
+
+
+def decodable(dataset: Dataset) -> Dataset:
+    """A split without the images whose header cannot be read, so that their size is not known; says so.
+
+    UserError if none is left.
+    """
+    damaged = {}
+    for index, image_id in enumerate(dataset.ids):
+        try:
+            dataset.size(index)
+        except ImageError as error:
+            damaged[image_id] = str(error)
+    if not damaged:
+        return dataset
+    if len(damaged) == len(dataset):
+        raise UserError(f"none of the {len(dataset)} images can be decoded: {damaged[dataset.ids[0]]}")
+    image_id, reason = next(iter(damaged.items()))
+    warn(f"Leaving out {len(damaged)} images that cannot be decoded, such as {image_id}: {reason}")
+    return dataset.without(damaged)
 
 
 def check_cams(cam_dir: str | Path, image_ids: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """What stops a run, or should not: full disks, read-only folders, killed workers, kill -9, damaged images."""
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from script_runs import DATA, MACHINE, ROOT, SMALL, STAGE2, chain, copy, fork, read_json
+from script_runs import DATA, MACHINE, ROOT, SMALL, STAGE2, chain, copy, fork, picture, read_json
 from test_training import COUNT, EPOCHS, STEPS, Noise, classify, different, lines, run, tiny_task
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -281,3 +282,36 @@ def test_maps_that_are_not_finite_are_not_written(tmp_path, save, shape):
     with pytest.raises(UserError, match="the maps of photo are not finite: .*lower --lr"):
         save(tmp_path, "photo", [0], maps, (16, 16))
     assert not list(tmp_path.iterdir())
+
+
+@chain
+def unread(folder, get):
+    """Scores of masks, and masks with affinities shown, where one photo has no header and one ends early."""
+    copy(get("pipeline").folder, folder, without=("deeplab*", "walks"))
+    first, second = (folder / DATA / "annotations/trainval.txt").read_text().splitlines()[:2]
+    headless, short = ((folder / DATA / "images" / f"{line.split()[0]}.jpg") for line in (first, second))
+    masks = folder / "masks"
+    shutil.copytree(folder / "output/inference", masks)
+    (masks / "manifest.json").unlink()  # masks of somebody else
+    headless.write_bytes(b"no picture")
+    short.write_bytes(short.read_bytes()[:-400])
+    (folder / "photos").mkdir()
+    for number, path in enumerate((headless, short)):
+        shutil.copy(path, folder / "photos" / f"{number}.jpg")
+    picture(folder / "photos" / "2.jpg")
+    scoring = ("run_eval.py", "--mask_dir", "masks", *MACHINE)
+    shown = ("run_inference.py", "--images", "photos", "--show_affinity", "5,5", "--output_dir", "shown", *MACHINE)
+    return SimpleNamespace(runs=fork(folder, [(folder, (*command, *skip)) for command in (scoring, shown)
+                                              for skip in ((), ("--on_bad_image", "skip"))]), folder=folder)
+
+
+def test_damaged_photos_are_skipped_where_masks_are_scored_and_affinities_shown(unread):
+    refused, scored, refused_too, shown = unread.runs
+    for done in (refused, refused_too):
+        assert done.returncode == 1 and "cannot decode image" in done.stderr, done.stderr[-500:]
+    assert scored.returncode == 0, scored.stderr[-2000:]
+    assert "Leaving out 1 images that cannot be decoded" in scored.stderr, scored.stderr
+    assert read_json(unread.folder / "output/eval/scores.json")["images"] == 11
+    assert shown.returncode == 0, shown.stderr[-2000:]
+    names = {path.name for path in (unread.folder / "shown/affinity").iterdir()}
+    assert names == {"2_cam.png", "2_affinitynet.png"} and "in 1 images to" in shown.stdout, (names, shown.stdout)
