@@ -387,6 +387,12 @@ def test_images_without_a_line_in_labels_csv_are_counted_once(folder, capsys):
     assert said.count("WARNING") == 1, said
 
 
+def test_ids_of_a_file_may_have_their_suffix(folder, tmp_path, capsys):
+    (tmp_path / "ids.txt").write_text("a.png\nc\n")
+    assert opened("folder", folder, ids=str(tmp_path / "ids.txt")).ids == ["a", "c"]
+    assert not capsys.readouterr().err
+
+
 def test_a_space_before_a_quoted_class_is_no_part_of_its_name(folder):
     (folder / "labels.csv").write_text('a, "tree;sky"\n"b", \nc, "sky"\n')
     assert opened("folder", folder).classes == ["sky", "tree"]

@@ -7,7 +7,7 @@ from utils.datasets.base import Dataset, Layout
 from utils.datasets.coco import COCO
 from utils.datasets.contradictions import check_against_labels
 from utils.datasets.folder import FOLDER
-from utils.datasets.lists import plain, read_lines
+from utils.datasets.lists import plain, read_lines, without_suffix
 from utils.datasets.pet import PET
 from utils.datasets.voc import VOC
 from utils.errors import UserError
@@ -36,7 +36,8 @@ def open_dataset(config: DataConfig) -> Dataset:
     dataset = layout.open(root, config.split, difficult=config.difficult)
     keep = range(len(dataset))
     if config.ids is not None:
-        wanted = {plain(line) for line in read_lines(Path(config.ids), "# ")}
+        names = {plain(name) for name in dataset.files if name is not None}
+        wanted = {without_suffix(plain(line), names) for line in read_lines(Path(config.ids), "# ")}
         keep = [i for i in keep if dataset.ids[i] in wanted]
         others = len(wanted) - len(keep)
         if keep and others:
