@@ -14,6 +14,7 @@ from utils.config import Machine
 from utils.crf import CRF, PRESETS, CRFParams, settle_backend
 from utils.datasets.base import Dataset
 from utils.errors import UserError
+from utils.files import check_folder
 from utils.log import commit_told, environment, say, warn
 from utils.options import pick_device, print_options
 from utils.precision import settle_precision, told
@@ -68,7 +69,11 @@ def machine_of(args: argparse.Namespace) -> Machine:
 
 
 def begin(step: str, args: argparse.Namespace, machine: Machine, dataset: Dataset | None = None) -> bool:
-    """Print the header; returns whether to go on: a dry run says that it stops."""
+    """Print the header; returns whether to go on: a dry run says that it stops.
+
+    UserError if results cannot lie where they are to be written.
+    """
+    check_places(args)
     print_options(step, vars(args))
     facts = environment(machine.device)
     place = facts["device_name"] + (f" in {distributed.world()} processes" if distributed.world() > 1 else "")
@@ -78,6 +83,14 @@ def begin(step: str, args: argparse.Namespace, machine: Machine, dataset: Datase
     if args.dry_run:
         print("Dry run: everything checked, nothing done.", file=sys.stderr)
     return not args.dry_run
+
+
+def check_places(args: argparse.Namespace) -> None:
+    """UserError if a folder of results is a file."""
+    for name in ("output_dir", "cam_dir"):
+        path = getattr(args, name, None)
+        if path is not None:
+            check_folder(path, f"--{name}")
 
 
 def record_of(args: argparse.Namespace, machine: Machine) -> dict[str, object]:

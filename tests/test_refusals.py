@@ -563,6 +563,18 @@ def a_mask_of_another_size_in_scoring(folder):
     return SCORE_MASKS
 
 
+@refusal("--output_dir notes.txt/masks: ", "notes.txt is a file, not a folder", "name another")
+def results_in_a_file(folder):
+    (folder / "notes.txt").write_text("notes")
+    return *MASKS, "--output_dir", "notes.txt/masks"
+
+
+@refusal("--cam_dir notes.txt: notes.txt is a file, not a folder", "name another")
+def cams_in_a_file(folder):
+    (folder / "notes.txt").write_text("notes")
+    return *STAGE_1[:-1], "notes.txt"
+
+
 @refusal("no image nowhere.jpg", "--images")
 def a_missing_images_path(folder):
     return "run_inference.py", "--images", "nowhere.jpg", "--output_dir", "output/new", *MACHINE

@@ -116,6 +116,20 @@ def test_deeplab_starts_from_the_network_of_step_1_unless_flags_say_otherwise(to
     assert (found["backbone"], found.get("pretrained")) == (backbone, start), found
 
 
+def test_what_a_late_step_would_refuse_is_refused_before_the_first(toy, tmp_path):
+    make_voc(tmp_path / "voc")
+    for root, flags, words in (
+            (toy, (*CAM, "--submission", "x.tgz"), "--submission is for the VOC server's splits"),
+            (tmp_path / "voc", ("--dataset", "voc", *CAM, "--submission", "x.zip"), "server takes a compressed tar"),
+            (toy, ("--method", "mixture", "--save_walk"), "pass --walk, or leave --save_walk out")):
+        with pytest.raises(UserError, match=words):
+            planned(root, *flags)
+    planned(toy, "--method", "mixture", "--save_walk", walk=True)
+    (toy.parent / "run").write_text("a file")
+    with pytest.raises(UserError, match="--output_dir .*run is a file, not a folder; name another"):
+        planned(toy, *CAM)
+
+
 def test_scores_need_ground_truth_and_are_of_vocs_train_split(tmp_path):
     make_folder(tmp_path / "own")
     shutil.rmtree(tmp_path / "own/masks", ignore_errors=True)

@@ -41,6 +41,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def check_folder(path: str | Path, flag: str) -> None:
+    """UserError if files cannot lie in a folder, as it, or one above it, is a file.  flag: that names the folder."""
+    there = next((one for one in (Path(path), *Path(path).absolute().parents) if one.exists()), None)
+    if there is not None and not there.is_dir():
+        raise UserError(f"{flag} {path}: {there} is a file, not a folder; name another, or move the file away")
+
+
 def check_checkpoint_file(path: str | Path) -> None:
     """UserError unless there is a file at the path of a checkpoint."""
     if not Path(path).is_file():

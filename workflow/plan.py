@@ -4,9 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from src.submission import check_submission
 from utils.config import DataConfig
 from utils.datasets import DATASETS, open_dataset
 from utils.errors import UserError
+from utils.files import check_folder
 from utils.options import Parser, default_method
 from utils.store import BEST, MANIFEST
 from workflow.steps import STEPS
@@ -77,8 +79,19 @@ class _Planner:
             left_out[4] = f"{self.data.data_root} has no ground truth of the training images"
         if 6 in self.parsers:
             self.scored(6)
+        self.check_extras()
         commands = tuple(self.command(number) for number in self.parsers if number not in left_out)
         return Plan(self.folder, commands, left_out, any(command.options.get("overwrite") for command in commands))
+
+    def check_extras(self) -> None:
+        """UserError for results that a late step could not write."""
+        check_folder(self.folder, "--output_dir")
+        if 3 in self.parsers and not self.walk and self.parse(3).save_walk:
+            raise UserError("--save_walk shows the walk, which this run leaves out; pass --walk, or leave --save_walk "
+                            "out")
+        path = self.parse(6).submission if 6 in self.parsers else None
+        if path is not None and not (Path(path).exists() and (self.folder / "deeplab_test/masks" / MANIFEST).is_file()):
+            check_submission(path, self.scored_data(6))  # one that an earlier run of this folder wrote may stay
 
     def parse(self, number: int, own: Sequence[str] = ()) -> argparse.Namespace:
         """The flags of a step, `own` before those that were given."""
