@@ -73,7 +73,7 @@ def begin(step: str, args: argparse.Namespace, machine: Machine, dataset: Datase
 
     UserError if results cannot lie where they are to be written.
     """
-    check_places(args)
+    check_places(args, dataset)
     print_options(step, vars(args))
     facts = environment(machine.device)
     place = facts["device_name"] + (f" in {distributed.world()} processes" if distributed.world() > 1 else "")
@@ -85,12 +85,16 @@ def begin(step: str, args: argparse.Namespace, machine: Machine, dataset: Datase
     return not args.dry_run
 
 
-def check_places(args: argparse.Namespace) -> None:
-    """UserError if a folder of results is a file."""
+def check_places(args: argparse.Namespace, dataset: Dataset | None) -> None:
+    """UserError if a folder of results is a file, or the folder of the photos."""
     for name in ("output_dir", "cam_dir"):
         path = getattr(args, name, None)
-        if path is not None:
-            check_folder(path, f"--{name}")
+        if path is None:
+            continue
+        check_folder(path, f"--{name}")
+        if dataset is not None and Path(path).resolve() == dataset.image_dir.resolve():
+            raise UserError(f"--{name} {path} is the folder of the photos, among which results would be written; name "
+                            "another")
 
 
 def record_of(args: argparse.Namespace, machine: Machine) -> dict[str, object]:

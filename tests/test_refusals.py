@@ -575,6 +575,11 @@ def cams_in_a_file(folder):
     return *STAGE_1[:-1], "notes.txt"
 
 
+@refusal("oxford-iiit-pet/images is the folder of the photos", "--output_dir", "name another")
+def masks_among_the_photos(folder):
+    return *MASKS, "--output_dir", f"{DATA}/images"
+
+
 @refusal("no image nowhere.jpg", "--images")
 def a_missing_images_path(folder):
     return "run_inference.py", "--images", "nowhere.jpg", "--output_dir", "output/new", *MACHINE
