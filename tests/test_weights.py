@@ -473,6 +473,19 @@ def test_a_checkpoint_of_two_networks_tells_both_and_exports_the_one_asked_for(t
         export(open_weights(path), "psa", "deeplab")
 
 
+def test_a_checkpoint_of_stage_2_whose_affinitynet_has_no_classes_is_described_and_exported(tmp_path, capsys):
+    backbone = {"backbone": "resnet38", "width": 0.125, "output_stride": 8, "dilated": True}  # as `run_stage2` packs it
+    path = checkpoint(tmp_path / "c.pth.tar", {"kind": "affinity", **backbone},
+                      {"kind": "classifier", **backbone, "classes": 3})
+    assert "classes" not in load_checkpoint(path)["networks"]["affinity"]
+    assert main([path]) == 0
+    said = capsys.readouterr().out
+    for part in ("affinity on resnet38, width 0.125:", "classifier on resnet38, width 0.125, 3 classes:"):
+        assert part in said, f"{part!r} not in {said}"
+    assert main([path, "--export", "psa", str(tmp_path / "psa.pth")]) == 0
+    assert "f9.weight" in torch.load(tmp_path / "psa.pth")
+
+
 @pytest.mark.parametrize("case, family", [("psa classifier", "torchvision"), ("seamv1 deeplab", "mctformer"),
                                           ("psa affinity", "irn"), ("mctformer deeplab", "psa")])
 def test_an_export_to_names_the_network_does_not_have_is_refused(tmp_path, case, family):

@@ -250,10 +250,10 @@ def describe(weights: Weights) -> str:
         learned = [tensor for name, tensor in record["state"].items() if tensor.is_floating_point()
                    and not name.endswith(("running_mean", "running_var"))]
         width = f", width {record['width']:g}" if record.get("width", 1.0) != 1.0 else ""
-        classes = f", {record['classes']} classes" if record["classes"] else ""
+        classes = f", {record['classes']} classes" if record.get("classes") else ""  # AffinityNet's has none
         lines.append(f"  {kind} on {record['backbone']}{width}{classes}: {len(record['state'])} tensors, "
                      f"{sum(tensor.numel() for tensor in learned) / 1e6:.1f} M parameters")
-    if weights.payload is not None:
+    if weights.payload is not None and weights.payload.get("classes"):
         lines.append(f"  classes: {', '.join(weights.payload['classes'])}")
     if weights.ignored:
         lines.append(f"  {len(weights.ignored)} tensors without a place in our networks: {summary(weights.ignored)}")
