@@ -17,7 +17,7 @@ from utils.config import Machine
 from utils.crf import CRF
 from utils.datasets.base import Dataset
 from utils.errors import ImageError, UserError
-from utils.files import load_cam, read_json, save_cam, save_scores, write_json
+from utils.files import load_cam, read_record, save_cam, save_scores, write_json
 from utils.grids import capped_size, largest_view, resize_image, resize_labels
 from utils.images import SUFFIXES, is_image_name, read_reduced
 from utils.labels import save_mask
@@ -210,7 +210,10 @@ def list_images(path: Path) -> list[Path]:
 def _ledger(folder: Path) -> list[str]:
     """Names of the files in a folder that --images has written."""
     path = folder / LEDGER
-    return read_json(path, "delete it, and name another --output_dir")["results"] if path.is_file() else []
+    if not path.is_file():
+        return []
+    found = read_record(path, "delete it, and name another --output_dir", {"results": list})["results"]
+    return [name for name in found if isinstance(name, str)]
 
 
 def result_names(paths: Sequence[Path]) -> list[str]:

@@ -51,7 +51,7 @@ def built_with(record: dict, options: Mapping[str, object], path: str) -> dict[s
 
 def check_same_classifier(classifier: dict, manifest: dict, model_path: str, cam_dir: str) -> None:
     """UserError unless the CAMs of a folder were made by this stage-1 checkpoint, which goes into stage 2's."""
-    if record_hash(classifier["networks"]["classifier"]) != manifest["identity"]["classifier"]:
+    if record_hash(classifier["networks"]["classifier"]) != manifest["identity"].get("classifier"):
         raise UserError(f"the CAMs in {cam_dir} were not made by {model_path}; run: python run_train.py --stage 1, or "
                         "pass the checkpoint that made them with --model_path")
 

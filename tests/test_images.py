@@ -182,6 +182,14 @@ def test_a_damaged_ledger_is_refused_with_the_remedy(tmp_path):
         check_results([tmp_path / "b.jpg"], tmp_path)
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"results": "a.png"}', "3"])
+def test_a_ledger_of_another_program_is_refused_with_the_remedy(tmp_path, content):
+    (tmp_path / LEDGER).write_text(content)
+    for call in (lambda: check_results([tmp_path / "b.jpg"], tmp_path), lambda: list_images(tmp_path)):
+        with pytest.raises(UserError, match=f"{LEDGER} .*delete it, and name another --output_dir"):
+            call()
+
+
 def test_a_run_that_fails_lists_what_it_wrote_and_nothing_else(pipeline, tmp_path):
     """What is listed counts as made by --images: a photo that is put there later must not."""
     home = tmp_path / "home"

@@ -16,6 +16,7 @@ from utils.store import (
     differences,
     failed_images,
     made_of,
+    mask_record,
     read_manifest,
     run_dir,
 )
@@ -203,6 +204,37 @@ def test_a_damaged_manifest_is_refused_with_the_remedy(tmp_path, split):
     assert "cannot read" in text and f"delete the folder {folder.path} and run the step again" in text, text
 
 
+@pytest.mark.parametrize("content", [[], None, {}, {"step": 3}, {"step": "cam", "stamps": []},
+                                     {"step": "cam", "complete": True, "failures": ["a"]}])
+def test_a_manifest_of_another_program_is_refused_with_the_remedy(tmp_path, split, content):
+    folder, again = filled(tmp_path, split), folder_of(tmp_path)
+    path, delete = folder.path / "manifest.json", f"delete the folder {folder.path}"
+    write_json(path, content)
+    for call, remedy in ((lambda: again.begin(split), f"{delete} and run the step again"),
+                         (lambda: again.holds(split), f"{delete} and run the step again"),
+                         (lambda: read_manifest(folder.path, "cam"), MAKE_CAMS),
+                         (lambda: check_free(folder.path, "cam", False), delete),
+                         (lambda: failed_images(folder.path), "delete it")):
+        text = refusal(call)
+        assert str(path) in text and remedy in text, text
+    assert names(folder.path) == ALL, names(folder.path)
+
+
+def test_a_manifest_that_claims_to_be_finished_but_has_no_options_is_refused_and_counts_as_other_settings(tmp_path,
+                                                                                                         split):
+    folder = filled(tmp_path, split)
+    write_json(folder.path / "manifest.json", {"step": "cam", "complete": True})
+    text = refusal(read_manifest, folder.path, "cam")
+    assert f"no valid options: it is damaged, or of another program; delete {folder.path}, then {MAKE_CAMS}" in text
+    assert "3 finished files made with other settings" in refusal(folder_of(tmp_path).begin, split)
+
+
+def test_a_manifest_of_masks_without_classes_is_refused_with_the_remedy(tmp_path):
+    write_json(tmp_path / "manifest.json", {"step": "mask", "complete": True, "options": {}})
+    text = refusal(mask_record, tmp_path)
+    assert f"no valid classes: it is damaged, or of another program; delete {tmp_path}, then run: python" in text, text
+
+
 # --- the manifest ----------------------------------------------------------------------------------------------------
 
 def test_beginning_again_marks_the_folder_as_unfinished(tmp_path, split):
@@ -243,7 +275,8 @@ def test_what_was_left_out_before_is_left_out_of_what_is_made_from_it(tmp_path, 
 
 
 def test_images_that_a_folder_was_made_without_are_dropped_and_one_is_named(tmp_path, split, capsys):
-    write_json(tmp_path / "cams" / "manifest.json", {"failures": [{"image": "b", "reason": "is damaged"}]})
+    failures = [{"image": "b", "reason": "is damaged"}]
+    write_json(tmp_path / "cams" / "manifest.json", {"step": "cam", "failures": failures})
     assert made_of(split, tmp_path / "cams").ids == ["a", "c"]
     assert "Leaving out 1 images" in (said := capsys.readouterr().err) and "such as b" in said, said
     assert made_of(split.subset([0]), tmp_path / "cams").ids == ["a"]

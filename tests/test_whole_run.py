@@ -23,7 +23,7 @@ from utils.store import Folder
 from workflow import whole_run
 from workflow.plan import make_plan
 from workflow.steps import STEPS
-from workflow.whole_run import RECORD, StepFailed, run_plan, summary
+from workflow.whole_run import RECORD, StepFailed, run_plan, score_rows, summary
 
 CAM = ("--pretrained", "none")  # whose seed is the plain CAM, which is walked
 
@@ -300,6 +300,21 @@ def test_the_record_names_each_steps_command_flags_and_seconds(toy):
     steps = read_json(plan.folder / RECORD)["steps"]
     assert set(steps) == {"1", "2"} and steps["2"]["state"] == "done" and steps["2"]["seconds"] >= 0, steps
     assert steps["1"]["command"] == list(plan.commands[0].argv) and steps["1"]["flags"]["limit"] == 4, steps["1"]
+
+
+@pytest.mark.parametrize("content", [[], {}, {"steps": []}, {"steps": {"1": {}}}, {"steps": {"1": "done"}}])
+def test_a_record_of_another_program_is_refused_with_the_remedy(toy, content):
+    plan = planned(toy, *CAM, until=2)
+    write_json(plan.folder / RECORD, content)
+    with pytest.raises(UserError, match=f"{RECORD} .*delete it, and .* with it, to start anew"):
+        run_plan(plan, Fake())
+
+
+@pytest.mark.parametrize("content", [[], {}, {"split": "val", "labels": "gt", "scores": {"of 4": {}}}])
+def test_scores_of_another_program_are_refused_with_the_remedy(tmp_path, content):
+    write_json(tmp_path / "scores.json", content)
+    with pytest.raises(UserError, match="scores.json .*; delete it and run again"):
+        score_rows(tmp_path)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

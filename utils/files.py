@@ -9,7 +9,7 @@ import tempfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +76,25 @@ def read_json(path: str | Path, remedy: str) -> object:
         raise UserError(f"no {path}; {remedy}") from None
     except (ValueError, OSError) as error:
         raise UserError(f"cannot read {path} ({error}); {remedy}") from None
+
+
+def read_record(path: str | Path, remedy: str, needed: Mapping[str, type]) -> dict[str, object]:
+    """Parse a JSON file of ours: a dict with the `needed` parts, each of its type.
+
+    UserError with the remedy if it is missing, damaged, or something else.
+    """
+    value = read_json(path, remedy)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is no record of this project, but a {type(value).__name__}; {remedy}")
+    check_record(value, path, remedy, needed)
+    return value
+
+
+def check_record(record: Mapping[str, object], path: str | Path, remedy: str, needed: Mapping[str, type]) -> None:
+    """UserError with the remedy unless a record has the `needed` parts, each of its type."""
+    wrong = [name for name, kind in needed.items() if not isinstance(record.get(name), kind)]
+    if wrong:
+        raise UserError(f"{path} has no valid {', '.join(wrong)}: it is damaged, or of another program; {remedy}")
 
 
 def short_hash(*parts: bytes) -> str:

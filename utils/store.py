@@ -8,7 +8,7 @@ from pathlib import Path
 from utils import distributed
 from utils.datasets.base import Dataset
 from utils.errors import ImageError, UserError
-from utils.files import check_checkpoint_file, file_hash, read_json, write_json
+from utils.files import check_checkpoint_file, check_record, file_hash, read_record, write_json
 from utils.log import say, warn
 
 MANIFEST = "manifest.json"
@@ -94,18 +94,18 @@ class Folder:
         if previous is None and there:
             raise UserError(f"{self.path} holds {self.suffix} files that this project did not write; "
                             "name another folder")
-        if previous is not None and previous.get("step") != self.step:
-            raise UserError(f"{self.path} holds the results of step {previous.get('step')}, not {self.step}; "
+        if previous is not None and previous["step"] != self.step:
+            raise UserError(f"{self.path} holds the results of step {previous['step']}, not {self.step}; "
                             "name another folder")
         stamps = dict(zip(dataset.ids, dataset.stamps(self.labels)))
-        before = {} if previous is None else previous.get("stamps", {})
+        before = {} if previous is None else previous["stamps"]
         return there, self._stale(previous, there, stamps, before), stamps, before
 
     def _stale(self, previous: dict | None, there: set[str], stamps: dict[str, str], before: dict) -> set[str]:
         """The ids whose file may not be used; UserError if there are any and they may not be deleted either."""
         if previous is None or not there:
             return set()
-        other = previous.get("identity") != self.identity
+        other = previous["identity"] != self.identity
         stale = there if other else {image_id for image_id in there & stamps.keys()
                                      if before.get(image_id) != stamps[image_id]}
         if stale and not self.overwrite:
@@ -125,7 +125,7 @@ class Folder:
     def _holds(self, dataset: Dataset) -> bool:
         if not self.complete():
             return False
-        there, failed, before = self._files(), failed_images(self.path), self._previous().get("stamps", {})
+        there, failed, before = self._files(), failed_images(self.path), self._previous()["stamps"]
         for i, (image_id, stamp) in enumerate(zip(dataset.ids, dataset.stamps(self.labels))):
             if image_id not in there:
                 if image_id not in failed or not _damaged(dataset, i):
@@ -137,7 +137,7 @@ class Folder:
     def complete(self) -> bool:
         """Whether it is finished and of the same identity, for the images it was made for."""
         previous = self._previous()
-        return previous is not None and previous.get("identity") == self.identity and bool(previous.get("complete"))
+        return previous is not None and previous["identity"] == self.identity and bool(previous.get("complete"))
 
     def _files(self) -> set[str]:
         # One listing instead of a look for every image: on a network disk, seconds instead of minutes.
@@ -168,15 +168,14 @@ class Folder:
         distributed.barrier()
 
     def _previous(self) -> dict | None:
-        path = self.path / MANIFEST
-        return read_json(path, f"delete the folder {self.path} and run the step again") if path.is_file() else None
+        return load_manifest(self.path, f"delete the folder {self.path} and run the step again") \
+            if (self.path / MANIFEST).is_file() else None
 
 
 def check_free(path: str | Path, step: str, overwrite: bool) -> None:
     """UserError, before a training whose result is not known yet, if its files would meet finished ones of another."""
-    manifest = Path(path) / MANIFEST
-    if manifest.is_file() and not overwrite:
-        count = len(read_json(manifest, f"delete the folder {path}").get("stamps", ()))
+    if (Path(path) / MANIFEST).is_file() and not overwrite:
+        count = len(load_manifest(path, f"delete the folder {path}")["stamps"])
         raise UserError(f"{path} holds {count} files of an earlier run ({step}); name another folder, or pass "
                         "--overwrite to make them again")
 
@@ -201,8 +200,8 @@ def _told(value: object) -> str:
 
 def failed_images(folder: str | Path) -> dict[str, str]:
     """{image id: reason} of the images that a folder's manifest says were left out; empty without a manifest."""
-    path = Path(folder) / MANIFEST
-    found = read_json(path, "delete it").get("failures", ()) if path.is_file() else ()
+    there = (Path(folder) / MANIFEST).is_file()
+    found = load_manifest(folder, "delete it")["failures"] if there else ()
     return {entry["image"]: entry["reason"] for entry in found}
 
 
@@ -224,14 +223,27 @@ def _damaged(dataset: Dataset, index: int) -> bool:
     return False
 
 
+def load_manifest(folder: str | Path, remedy: str) -> dict:
+    """The manifest of a folder, finished or not; UserError with the remedy if it is missing, damaged or foreign."""
+    path = Path(folder) / MANIFEST
+    perhaps = {"identity": {}, "stamps": {}, "failures": [], "labels": False}
+    manifest = {**perhaps, **read_record(path, remedy, {"step": str})}
+    check_record(manifest, path, remedy, {name: type(value) for name, value in perhaps.items()})
+    for entry in manifest["failures"]:
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("image", "reason")):
+            raise UserError(f"{path} is damaged: its failures do not name images and reasons; {remedy}")
+    return manifest
+
+
 def read_manifest(folder: str | Path, step: str) -> dict:
     """The manifest of a finished folder of `step` ("cam", "mask", ...); UserError with the command that makes it."""
     remedy = f"run: {STEP_COMMAND[step]}"
-    manifest = read_json(Path(folder) / MANIFEST, remedy)
-    if manifest.get("step") != step:
-        raise UserError(f"{folder} holds the results of step {manifest.get('step')}, not {step}; name another folder")
+    manifest = load_manifest(folder, remedy)
+    if manifest["step"] != step:
+        raise UserError(f"{folder} holds the results of step {manifest['step']}, not {step}; name another folder")
     if not manifest.get("complete"):
         raise UserError(f"{folder} is unfinished; {remedy} (finished images are kept)")
+    check_record(manifest, Path(folder) / MANIFEST, f"delete {folder}, then {remedy}", {"options": dict})
     return manifest
 
 
@@ -242,7 +254,9 @@ def mask_record(folder: str | Path) -> dict | None:
     """
     path = Path(folder)
     if (path / MANIFEST).is_file():
-        return read_manifest(path, "mask")
+        manifest = read_manifest(path, "mask")
+        check_record(manifest, path / MANIFEST, f"delete {folder}, then run: {STEP_COMMAND['mask']}", {"classes": list})
+        return manifest
     if not path.is_dir() or not any(name.endswith(".png") for name in os.listdir(path)):
         raise UserError(f"no masks in {folder}; run: {STEP_COMMAND['mask']}, or pass a folder of masks with --mask_dir")
     return None
@@ -253,8 +267,8 @@ def check_data(dataset: Dataset, manifest: dict, folder: str | Path) -> None:
 
     Images that the folder does not have are not compared.
     """
-    before = manifest.get("stamps", {})
-    other = [image_id for image_id, stamp in zip(dataset.ids, dataset.stamps(manifest.get("labels", False)))
+    before = manifest["stamps"]
+    other = [image_id for image_id, stamp in zip(dataset.ids, dataset.stamps(manifest["labels"]))
              if image_id in before and before[image_id] != stamp]
     if other:
         raise UserError(f"{folder} was made from other images or labels than those in {dataset.root}: {len(other)} "

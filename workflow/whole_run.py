@@ -22,11 +22,11 @@ from pathlib import Path
 from utils.config import DataConfig
 from utils.datasets import open_dataset
 from utils.errors import UserError
-from utils.files import file_stamp, read_json, short_hash, write_json
+from utils.files import check_record, file_stamp, read_record, short_hash, write_json
 from utils.log import duration
 from utils.options import RESUME_FREE
 from utils.runtime import run_main
-from utils.store import BEST, NEWEST, check_data
+from utils.store import BEST, NEWEST, check_data, load_manifest
 from workflow.plan import Command, Plan, make_plan
 from workflow.steps import STEPS
 
@@ -123,8 +123,11 @@ class _Record:
 
     def __init__(self, path: Path):
         self.path = path
-        self.steps = read_json(path, f"delete it, and {path.parent} with it, to start anew")["steps"] \
-            if path.is_file() else {}
+        remedy = f"delete it, and {path.parent} with it, to start anew"
+        self.steps = read_record(path, remedy, {"steps": dict})["steps"] if path.is_file() else {}
+        for step, entry in self.steps.items():
+            if not isinstance(entry, dict) or not {"state", "flags", "masks"} <= entry.keys():
+                raise UserError(f"{path} is damaged: step {step} has no state, flags and masks; {remedy}")
 
     def note(self, command: Command, sources: Sources, state: str, seconds: float | None = None) -> None:
         """Remember how far a step is."""
@@ -195,15 +198,17 @@ def _masks(command: Command) -> str | None:
     path = Path(command.options.get("mask_dir") or "") / "manifest.json"
     if command.step != 5 or not path.is_file():
         return None
-    manifest = read_json(path, "run step 3 again")
+    manifest = load_manifest(path.parent, f"delete {path.parent} and run step 3 again")
     return short_hash(json.dumps([manifest.get("identity"), manifest.get("stamps")], sort_keys=True).encode())
 
 
 def _unchanged(path: Path) -> bool:
     """Whether the manifest of a finished folder names the images, and was made of the data, that there are now."""
-    manifest = read_json(path, f"delete {path.parent} and run the step again")
+    remedy = f"delete {path.parent} and run the step again"
+    manifest = load_manifest(path.parent, remedy)
     if not manifest.get("complete"):
         return False
+    check_record(manifest, path, remedy, {"options": dict, "images": list})
     dataset = open_dataset(DataConfig.of({**manifest["options"], "download": False}))
     if set(dataset.ids) != {*manifest["images"], *(entry["image"] for entry in manifest["failures"])}:
         return False
@@ -219,9 +224,13 @@ def _unchanged(path: Path) -> bool:
 def score_rows(folder: Path) -> list[tuple[str, str, str, list[float]]]:
     """(stage, split, labels, scores at the fixed threshold by SCORES) of a folder with scores.json."""
     path = folder / "scores.json"
-    record = read_json(path, "run the step again")
-    return [(name, record["split"], record["labels"], [entry["fixed"][score] for score in SCORES])
-            for name, entry in record["scores"].items()]
+    remedy = "delete it and run again"
+    record = read_record(path, remedy, {"scores": dict})
+    try:
+        return [(name, record["split"], record["labels"], [entry["fixed"][score] for score in SCORES])
+                for name, entry in record["scores"].items()]
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is no record of this project, or damaged: without all scores; {remedy}") from None
 
 
 def score_table(rows: Sequence[tuple[str, str, str, Sequence[float | None]]]) -> str:

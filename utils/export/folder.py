@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.files import file_hash, read_json, write_json
+from utils.files import file_hash, read_record, write_json
 
 RECORD = ".export.json"  # hidden, so that nobody reads it as an annotation
 
@@ -64,7 +64,7 @@ def filled(home: Path, made_from: str, write: Callable[[Path], None]) -> bool:
 
 def _record(home: Path) -> dict | None:
     path = home / RECORD
-    return read_json(path, f"rename or delete the folder {home}") if path.is_file() else None
+    return read_record(path, f"rename or delete the folder {home}", {"files": dict}) if path.is_file() else None
 
 
 def _own(home: Path, path: str, record: Mapping) -> bool:
