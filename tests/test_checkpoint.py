@@ -52,6 +52,14 @@ def test_another_step_is_refused_with_the_steps_that_serve(tmp_path):
     assert "comes from stage1" in text and "stage2 or deeplab is needed" in text and "--model_path" in text, text
 
 
+def test_a_checkpoint_that_does_not_name_its_step_is_refused(tmp_path):
+    for step in ({}, {"step": 3}):
+        save_checkpoint(tmp_path / "c.pth.tar", {**{name: PAYLOAD[name] for name in PAYLOAD if name != "step"}, **step})
+        for steps in (None, ("stage1",)):
+            text = refusal(tmp_path / "c.pth.tar", steps=steps)
+            assert "has no valid step; it is damaged or cut down: make it again" in text, text
+
+
 def test_a_missing_checkpoint_is_refused(tmp_path):
     for path in (tmp_path / "gone.pth", tmp_path):
         assert "no checkpoint" in refusal(path) and "run the step that writes it" in refusal(path), refusal(path)

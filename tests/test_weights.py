@@ -576,6 +576,45 @@ def test_a_record_of_other_shapes_is_refused_before_its_network_is_built(monkeyp
     assert devices == ["meta", "meta", "cpu"], devices
 
 
+# --- incomplete checkpoints ------------------------------------------------------------------------------------------
+
+def spoilt(path, change):
+    """A checkpoint of stage 1 on whose content a function was called."""
+    payload = load_checkpoint(checkpoint(path, NETWORKS["psa classifier"]))
+    change(payload)
+    save_tensors(path, payload)
+    return str(path)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda payload: payload.pop("step"), "no valid step;"),
+    (lambda payload: payload.pop("networks"), "no valid networks;"),
+    (lambda payload: payload.update(networks=[1]), "no valid networks;"),
+    (lambda payload: payload.update(networks={}), "holds no network;"),
+    (lambda payload: payload.update(networks={"classifier": 1}), "no valid kind, backbone, state of its classifier;"),
+    (lambda payload: payload["networks"]["classifier"].pop("state"), "no valid state of its classifier;"),
+    (lambda payload: payload["networks"]["classifier"].update(state={"a": 1}), "no valid tensors of its classifier;"),
+    (lambda payload: payload["networks"]["classifier"].pop("backbone"), "no valid backbone of its classifier;")])
+def test_a_checkpoint_without_its_networks_is_refused_wherever_it_is_opened(tmp_path, backbone, change, words):
+    path = spoilt(tmp_path / "c.pth.tar", change)
+    for use in (open_weights, lambda path: load_model(path, ("stage1",)), lambda path: main([path]),
+                lambda path: load_pretrained(backbone, "resnet18", path)):
+        with pytest.raises(UserError, match=f"checkpoint {path} (has )?{words} it is damaged or cut down") as caught:
+            use(path)
+        assert "\n" not in str(caught.value), caught.value
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda payload: payload.pop("classes"), "has no valid classes;"),
+    (lambda payload: payload.pop("options"), "has no valid options;"),
+    (lambda payload: payload.update(options=[1], classes=3), "has no valid options, classes;"),
+    (lambda payload: payload.update(step="stage2"), "of stage2 holds no affinity, but classifier;")])
+def test_a_checkpoint_without_options_or_classes_is_described_but_is_no_model(tmp_path, change, words):
+    path = spoilt(tmp_path / "c.pth.tar", change)
+    with pytest.raises(UserError, match=f"checkpoint {path} {words} .*damaged or cut down: make it again"):
+        load_model(path, ("stage1", "stage2"))
+
+
 # --- checkpoints of format 1 ---------------------------------------------------------------------------------------
 
 def old(record, affinity=0, fitted=False):

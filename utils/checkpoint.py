@@ -11,6 +11,7 @@ from utils.errors import UserError
 from utils.files import atomic_path, check_checkpoint_file
 
 FORMAT = "wsss-checkpoint-2"
+PARTS = {"step": str, "options": dict, "classes": (list, tuple, type(None)), "networks": dict}  # their types
 OLD_FORMAT = "wsss-checkpoint-1"  # its networks are renamed by `models.weights`; its training cannot be taken up
 
 
@@ -81,8 +82,18 @@ def load_checkpoint(path: str | Path, steps: Sequence[str] | None = None) -> dic
     if payload["format"] == OLD_FORMAT:
         raise UserError(f"{path} was written by an older version, whose training cannot be taken up; leave --resume "
                         "out to start anew, or pass another --output_dir (it still serves as --model_path)")
+    check_parts(payload, ("step",), path)
     check_step(payload, steps, path)
     return payload
+
+
+def check_parts(payload: Mapping[str, object], needed: Sequence[str], path: str | Path) -> None:
+    """UserError unless a checkpoint of ours has these parts, those of `PARTS` each of its type."""
+    wrong = [name for name in needed if name not in payload
+             or not isinstance(payload[name], PARTS.get(name, object))]
+    if wrong:
+        raise UserError(f"checkpoint {path} has no valid {', '.join(wrong)}; it is damaged or cut down: make it again, "
+                        "or pass another")
 
 
 def check_step(payload: Mapping[str, object], steps: Sequence[str] | None, path: str | Path) -> None:

@@ -9,9 +9,9 @@ from torch import nn
 from models.backbone import BackbonePlug, build_backbone, find_backbone
 from models.weights.mxnet import is_params, read_params
 from models.weights.published import LAYOUTS, Layout, from_mxnet, identify
-from models.weights.records import Record, build_network, check_shapes, outline, pack, unpack, upgrade
+from models.weights.records import Record, build_network, check_networks, check_shapes, outline, pack, unpack, upgrade
 from utils import distributed
-from utils.checkpoint import check_step, is_checkpoint, read_tensors
+from utils.checkpoint import check_parts, check_step, is_checkpoint, read_tensors
 from utils.errors import UserError
 from utils.log import say
 
@@ -51,6 +51,8 @@ def open_weights(path: str | Path, backbone: str | None = None) -> Weights:
         return translate(state, path, ", as MXNet .params")
     value = read_tensors(path)
     if is_checkpoint(value):
+        check_parts(value, ("step", "networks"), path)
+        check_networks(value, path)
         payload = upgrade(value)
         return Weights(path, f"checkpoint of this project, {payload['step']}", payload["networks"], payload=payload)
     state = _state_dict(value, path)
@@ -201,7 +203,13 @@ def load_model(path: str | Path, steps: Sequence[str] | None) -> dict[str, objec
     """A checkpoint of one of `steps` for --model_path: one of this project, or a published one, see `as_checkpoint`."""
     weights = open_weights(path)
     payload = as_checkpoint(weights)
+    check_parts(payload, ("options", "classes"), path)
     check_step(payload, steps, path if weights.payload else f"{path} ({weights.title})")
+    lacking = [kind for kind, step in STEPS.items()
+               if steps is not None and step == payload["step"] and kind not in payload["networks"]]
+    if lacking:
+        raise UserError(f"checkpoint {path} of {payload['step']} holds no {lacking[0]}, but "
+                        f"{', '.join(payload['networks'])}; it is damaged or cut down: make it again, or pass another")
     return payload
 
 

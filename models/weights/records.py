@@ -109,6 +109,20 @@ def upgrade(payload: dict[str, object]) -> dict[str, object]:
     return {**payload, "format": FORMAT, "networks": networks}
 
 
+def check_networks(payload: Mapping[str, object], path: str) -> None:
+    """UserError unless the networks of a checkpoint, of any format, are records with what every record has."""
+    networks = payload["networks"]
+    for kind, record in networks.items():
+        wrong = [name for name, its_type in (("kind", str), ("backbone", str), ("state", dict))
+                 if not isinstance(record, dict) or not isinstance(record.get(name), its_type)]
+        if wrong or not all(isinstance(tensor, torch.Tensor) for tensor in record["state"].values()):
+            raise UserError(f"checkpoint {path} has no valid {', '.join(wrong) or 'tensors'} of its {kind}; it is "
+                            "damaged or cut down: make it again, or pass another")
+    if not networks:
+        raise UserError(f"checkpoint {path} holds no network; it is damaged or cut down: make it again, or pass "
+                        "another")
+
+
 def _upgraded(record: Record) -> Record:
     how = {name: value for name, value in record.items() if name not in AVC_KEYS}
     prefixes = {"trunk.": "backbone."}

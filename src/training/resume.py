@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from utils import distributed
-from utils.checkpoint import load_checkpoint, remove_leftovers
+from utils.checkpoint import check_parts, load_checkpoint, remove_leftovers
 from utils.datasets.base import Dataset
 from utils.errors import UserError
 from utils.files import short_hash
@@ -21,6 +21,8 @@ from utils.store import BEST, NEWEST
 
 if TYPE_CHECKING:
     from src.training.loop import Run
+
+STATE = ("optimizer", "epoch", "step_in_epoch", "sums", "best")  # what `restore` takes up besides the network
 
 
 def check_run_dir(run_dir: str | Path, resume: bool, overwrite: bool, state: str = NEWEST) -> None:
@@ -91,6 +93,7 @@ def resumed(path: Path, step: str, options: Mapping[str, object], targets: str |
     if not path.is_file():
         raise UserError(f"--resume: there is no {path} to go on from; leave --resume out to start")
     payload = load_checkpoint(path, steps=(step,))
+    check_parts(payload, ("options", "networks", *(STATE if path.name == NEWEST else ())), path)
     before = payload["options"]
     changed = [f"{name} was {_told(before[name])}, is {_told(value)}" for name, value in options.items()
                if name not in RESUME_FREE and name in before and before[name] != value]
