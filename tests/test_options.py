@@ -143,6 +143,16 @@ def test_a_number_is_taken_within_its_bounds_alone(kind, low, high, above, good,
             convert(text)
 
 
+@pytest.mark.parametrize("name, good, bad", [
+    ("scales", ("0.5", "8"), ("0", "-1", "8.1", "1e9", "inf", "nan")),
+    ("seed", ("0", str(2 ** 32 - 1)), ("-1", str(2 ** 32), str(2 ** 64 - 1)))])
+def test_scales_and_seeds_that_overflow_later_are_out_of_range(name, good, bad):
+    assert [FLAGS[name].type(text) for text in good] == [float(text) for text in good]
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match="out of range; it must be .* and at most"):
+            FLAGS[name].type(text)
+
+
 @pytest.mark.parametrize("text, found", [("120,80", (120, 80)), ("0, 7", (0, 7))])
 def test_a_pixel_is_two_whole_numbers(text, found):
     assert point(text) == found

@@ -35,6 +35,8 @@ ARGUMENTS = {  # refused before anything is read
     "a_fraction_above_1": (("run_train.py", "--stage", 1, "--cutmix", 1.5), ("--cutmix", "at most 1")),
     "a_range_from_its_end": (("run_train.py", "--stage", 1, "--long_side", 600, 400),
                              ("--long_side", "its minimum 600 is above its maximum 400")),
+    "an_infinite_scale": (("run_train.py", "--stage", 1, "--scales", 1, "inf"), ("--scales", "at most 8")),
+    "a_seed_of_64_bits": (("run_train.py", "--stage", 1, "--seed", 2 ** 64 - 1), ("--seed", "at most 4294967295")),
     "an_unknown_dataset": (("run_train.py", "--stage", 1, "--dataset", "imagenet"), ("--dataset", "pet", "folder")),
     "a_flag_of_another_step": (("run_train.py", "--stage", 2, "--method", "cam"), ("--method",)),
     "known_labels_of_any_image": (("run_inference.py", "--images", "x.jpg", "--labels", "gt"),

@@ -105,7 +105,7 @@ FLAGS = {
                      1024),
     "val_fraction": Flag(number(float, 0, 0.5), "fraction of the training images held out to choose model_best "
                                                  "(by labels or pseudo-labels, never by ground-truth masks)", 0.1),
-    "scales": Flag(positive, "image scales whose maps are averaged", (0.5, 1.0, 1.5), nargs="+"),
+    "scales": Flag(number(float, 0, 8, above=True), "image scales whose maps are averaged", (0.5, 1.0, 1.5), nargs="+"),
     "flip": Flag(bool, "average with the horizontally flipped image", True),
     "alternate": Flag(bool, "with --flip and several scales: the first scale as it is, the second flipped, and so on, "
                             "instead of each scale both ways; takes half the time", False),
@@ -163,7 +163,7 @@ FLAGS = {
     "on_bad_image": Flag(str, "an image that cannot be decoded: error ends the run; skip leaves it out, and the record "
                               "names it under failures", "error", choices=("error", "skip")),
     "large_images": Flag(bool, "also read images of more than 178 megapixels, which take gigabytes of memory", False),
-    "seed": Flag(natural, "seed of everything random", 0),
+    "seed": Flag(number(int, 0, 2 ** 32 - 1), "seed of everything random", 0),
     "resume": Flag(bool, "go on from what the output folder holds of the same run", False),
     "dry_run": Flag(bool, "check everything, print the options and stop", False),
     "log_level": Flag(str, "what is printed besides results and errors: error = nothing; warning = warnings; info = "
