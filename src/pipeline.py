@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Self
 
 import numpy as np
@@ -69,13 +71,13 @@ class _Pipeline:
         "fp32" or "bf16".  changes: options that are to differ:
         scales, flip, alternate, max_size, crf_preset; of `Pipeline` bg_alpha, beta, walk_steps, walk_eps, radius; of
         `DeepLabPipeline` merge.
-        Raises UserError for a missing, damaged or foreign file, and for an unknown option or choice.
+        Raises UserError for a missing, damaged or foreign file, and for an option that its flag would refuse.
         """
         unknown = [name for name in changes if name not in cls.options]
         if unknown:
             raise UserError(f"no option {unknown[0]!r} here; there are {', '.join(cls.options)}")
-        for name, value in {**changes, "precision": precision}.items():
-            _check_choice(name, value)
+        changes = {name: _checked(name, value) for name, value in changes.items()}
+        precision = _checked("precision", precision)
         payload = load_model(path, cls.steps)
         payload = {**payload, "classes": class_names(payload)}
         made_with = payload["options"]
@@ -110,12 +112,22 @@ class _Pipeline:
 
     def keys_of(self, labels: Iterable[int | str]) -> np.ndarray:
         """Zero-based classes, ascending, of class names or numbers; UserError for one that the checkpoint lacks."""
+        labels = labels.tolist() if isinstance(labels, (np.ndarray, torch.Tensor)) else labels
+        if not isinstance(labels, Iterable):
+            raise UserError(f"labels is {labels!r}; pass a list of names or zero-based numbers, such as [{labels!r}]")
         labels = [labels] if isinstance(labels, str) else list(labels)
-        unknown = [label for label in labels if label not in self.classes and label not in range(len(self.classes))]
+        if any(isinstance(label, (bool, np.bool_)) for label in labels):  # which would count as classes 0 and 1
+            raise UserError("labels are True and False; pass the numbers or names of the classes that the image shows, "
+                            "such as numpy.flatnonzero(labels)")
+        unknown = [label for label in labels if not self._knows(label)]
         if unknown:
             raise UserError(f"no class {unknown[0]!r} here; there are {', '.join(self.classes)}")
         keys = [self.classes.index(label) if isinstance(label, str) else label for label in labels]
         return np.unique(keys).astype(int)
+
+    def _knows(self, label: object) -> bool:
+        return label in self.classes if isinstance(label, str) else \
+            isinstance(label, Real) and label in range(len(self.classes))
 
     def mask(self, image: Image.Image | np.ndarray, labels: Iterable[int | str] | None = None,
              crf: str | CRF | None = "default", threshold: float = 0.5) -> np.ndarray:
@@ -126,10 +138,12 @@ class _Pipeline:
         to do without.  threshold: foreground probability from which on a pixel counts as foreground.
         """
         image = to_rgb(image)
+        threshold = _checked("bg_threshold", threshold, "threshold")
         if isinstance(crf, str):
-            crf = self.crf_preset if crf == "default" else crf
-            _check_choice("crf_preset", crf)
+            crf = _checked("crf_preset", self.crf_preset if crf == "default" else crf)
             crf = CRF(PRESETS[crf], settle_backend("auto"), str(self.machine.device))
+        elif crf is not None and not isinstance(crf, CRF):
+            raise UserError(f"crf is {crf!r}; pass one of {', '.join(PRESETS)}, a CRF, or None to do without")
         keys, probabilities = self.scores(image, labels)
         return decide(image, keys, probabilities, crf, self.maps.max_size, threshold)
 
@@ -325,11 +339,32 @@ class DeepLabPipeline(_Pipeline):
         return (largest / largest.sum(dim=0)).cpu().numpy()
 
 
-def _check_choice(name: str, value: object) -> None:
-    """UserError for a value that is none of the choices of its flag."""
-    choices = FLAGS[name].choices
-    if choices and value not in choices:
-        raise UserError(f"{name} is {value!r}; pass one of {', '.join(map(str, choices))}")
+def _checked(name: str, value: object, called: str | None = None) -> object:
+    """The value of an option as its flag would take it; UserError if that would refuse it.  called: its name here."""
+    flag, called = FLAGS[name], called or name
+    if flag.choices:
+        if value not in flag.choices:
+            raise UserError(f"{called} is {value!r}; pass one of {', '.join(map(str, flag.choices))}")
+        return value
+    if flag.type is bool:
+        if not isinstance(value, (bool, np.bool_)):
+            raise UserError(f"{called} is {value!r}; pass True or False")
+        return bool(value)
+    if flag.nargs is None:
+        return _number(called, value, value, flag.type)
+    if not isinstance(value, Iterable) or isinstance(value, str) or not (several := tuple(value)):
+        raise UserError(f"{called} is {value!r}; pass a list of numbers")
+    return tuple(_number(called, value, one, flag.type) for one in several)
+
+
+def _number(called: str, value: object, one: object, convert: Callable[[str], float]) -> float:
+    """A number of the value of an option by its flag's converter, see `utils.options.number`."""
+    try:
+        if isinstance(one, Real) and not isinstance(one, bool):
+            return convert(str(one))
+    except (ValueError, ArgumentTypeError):
+        pass
+    raise UserError(f"{called} is {value!r}; pass a {convert.__name__} {convert.bounds}")
 
 
 def predicted(evidence: np.ndarray) -> np.ndarray:

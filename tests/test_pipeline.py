@@ -166,6 +166,32 @@ def test_unknown_labels_are_refused_with_the_choices(loaded, home, label):
         refused(lambda: pipe.mask(home.data.image(0), [0, label]), f"no class {label!r}", "Crossmark_cat")
 
 
+@pytest.mark.parametrize("labels, words", [
+    (np.array([False, True, False]), "numpy.flatnonzero(labels)"), ([True, 0], "numpy.flatnonzero(labels)"),
+    (torch.tensor([True]), "numpy.flatnonzero(labels)"), (1, "labels is 1; pass a list of names or zero-based numbers"),
+    (np.int64(1), "pass a list of names"), (np.array([[0, 1]]), "no class [0, 1]"), ([[0]], "no class [0]")])
+def test_labels_that_are_no_list_of_names_and_numbers_are_refused(loaded, home, labels, words):
+    for pipe in (loaded, DeepLabPipeline.load(home.deeplab, "cpu")):
+        refused(lambda: pipe.mask(home.data.image(0), labels), words)
+
+
+def test_labels_may_be_a_tensor_of_numbers(loaded):
+    assert loaded.keys_of(torch.tensor([2, 0])).tolist() == [0, 2]
+
+
+def test_what_is_no_image_crf_or_threshold_is_refused_with_what_is(loaded, home):
+    image = home.data.image(0)
+    for wrong in ("photo.jpg", home.photo, 3, None, torch.zeros(9, 9, 3)):
+        for call in (loaded.mask, loaded.cam):
+            refused(lambda: call(wrong), f"not a {type(wrong).__name__}; open a file by PIL.Image.open")
+    for crf in (False, True, 3):
+        refused(lambda: loaded.mask(image, crf=crf), f"crf is {crf}; pass one of psa", "or None to do without")
+    for threshold in (2, -0.1, float("nan"), "0.5", None, True):
+        refused(lambda: loaded.mask(image, crf=None, threshold=threshold), f"threshold is {threshold!r}; pass a number",
+                "at least 0 and at most 1")
+    assert not loaded.mask(image, crf=None, threshold=np.float32(1)).all()
+
+
 # --- loading -------------------------------------------------------------------------------------------------------
 
 def test_unknown_options_and_choices_are_refused_with_those_there_are(home):
@@ -176,6 +202,24 @@ def test_unknown_options_and_choices_are_refused_with_those_there_are(home):
     refused(lambda: DeepLabPipeline.load(home.deeplab, "cpu", merge="least"), "merge is 'least'", "mean, max")
     refused(lambda: Pipeline.load(home.stage2, "cpu", precision="fp16"), "precision is 'fp16'", "fp32, bf16")
     refused(lambda: Pipeline.load(home.stage2, "tpu"), "no device 'tpu' here", "--device cpu")
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("scales", 1.0, "pass a list of numbers"), ("scales", (), "pass a list of numbers"), ("scales", "1", "a list"),
+    ("scales", (1.0, -1), "pass a number above 0 and at most 8"), ("scales", [float("inf")], "at most 8"),
+    ("max_size", -5, "pass a whole number at least 32"), ("max_size", 96.5, "pass a whole number at least 32"),
+    ("max_size", None, "at least 32"), ("flip", "no", "pass True or False"), ("alternate", 1, "pass True or False"),
+    ("crf_preset", None, "pass one of psa")])
+def test_options_that_their_flags_would_refuse_are_refused_here_too(home, name, value, words):
+    for kind, path in ((Pipeline, home.stage2), (DeepLabPipeline, home.deeplab)):
+        refused(lambda: kind.load(path, "cpu", **{name: value}), f"{name} is {value!r}; ", words)
+    refused(lambda: Pipeline.load(home.stage2, "cpu", beta=0), "beta is 0; pass a number above 0")
+
+
+def test_options_may_be_numbers_of_numpy(home):
+    changes = {"scales": np.array([1, 2]), "max_size": np.int64(64), "flip": np.bool_(False), "beta": 3}
+    pipe = Pipeline.load(home.stage2, "cpu", **changes)
+    assert pipe.maps == MapConfig((1.0, 2.0), False, "predicted", 64) and pipe.walk_config.beta == 3.0, pipe.maps
 
 
 def test_an_unknown_preset_is_refused_with_the_choices(loaded, home):

@@ -67,13 +67,16 @@ def read_reduced(path: str | Path, used: float | None, displayed: Displayed = Fa
 def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
     """RGB uint8 (H, W, 3) of a PIL image of any mode, as stored, or of an array (H, W, 3) or (H, W) uint8.
 
-    Raises UserError for an array of another shape or type, or for values that mean no picture.
+    Raises UserError for anything else, for an array of another shape or type, and for values that mean no picture.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] != 3:
             raise UserError(f"an image is a uint8 array (H, W, 3), RGB, or (H, W), grey, not {image.dtype} "
                             f"{image.shape}; convert it first")
         return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
+    if not isinstance(image, Image.Image):
+        raise UserError(f"an image is a PIL image or a uint8 array, not a {type(image).__name__}; open a file by "
+                        "PIL.Image.open, or convert it to an array first")
     try:
         return _rgb(image)
     except ValueError as error:
