@@ -133,7 +133,8 @@ class _Pipeline:
              crf: str | CRF | None = "default", threshold: float = 0.5) -> np.ndarray:
         """The mask of an image at its size, uint8 (H, W): 0 background, class k as k + 1.
 
-        image: PIL image or uint8 (H, W, 3) RGB.  labels: the classes it shows, names or zero-based; None: predicted.
+        image: PIL image, turned by its EXIF orientation as a viewer displays it, and the mask with it; or uint8
+        (H, W, 3) RGB, as it is.  labels: the classes it shows, names or zero-based; None: predicted.
         crf: a preset of `utils.crf.PRESETS`, "default" for that of the checkpoint's dataset or head, a `CRF`, or None
         to do without.  threshold: foreground probability from which on a pixel counts as foreground.
         """

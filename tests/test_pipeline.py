@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from script_runs import ROOT, environment, files, picture
 from torch.nn import functional as F
 
@@ -120,6 +120,25 @@ def test_an_image_in_memory_gives_what_its_file_gives(loaded, tmp_path, mode):
         assert (loaded.cam(one).maps == loaded.cam(pixels).maps).all(), name
     if mode == "L":
         assert (loaded.mask(np.asarray(image), crf=None) == expected).all(), "a grey array"
+    assert len(np.unique(expected)) > 1, "the example is flat"
+
+
+@pytest.mark.parametrize("turn", [3, 6])
+def test_a_pil_image_is_masked_as_it_is_displayed_and_an_array_as_it_is(loaded, home, tmp_path, turn):
+    stored = Image.open(home.photo)
+    exif = stored.getexif()
+    exif[ExifTags.Base.Orientation] = turn
+    stored.save(tmp_path / "turned.png", exif=exif)
+    pixels = read_image(tmp_path / "turned.png", displayed=True)
+    expected, cam = loaded.mask(pixels, crf=None), loaded.cam(pixels)
+    with Image.open(tmp_path / "turned.png") as opened:
+        upright = ImageOps.exif_transpose(opened)
+        for name, image in (("the file's", opened), ("one that was turned before", upright)):
+            assert (loaded.mask(image, crf=None) == expected).all(), name
+            found = loaded.cam(image)
+            assert found.size == pixels.shape[:2] and (found.maps == cam.maps).all(), name
+            assert (loaded.walk(image, found) == loaded.walk(pixels, cam)).all(), name
+        assert loaded.mask(np.asarray(opened), crf=None).shape == (50, 61)
     assert len(np.unique(expected)) > 1, "the example is flat"
 
 

@@ -65,8 +65,10 @@ def read_reduced(path: str | Path, used: float | None, displayed: Displayed = Fa
 
 
 def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
-    """RGB uint8 (H, W, 3) of a PIL image of any mode, as stored, or of an array (H, W, 3) or (H, W) uint8.
+    """RGB uint8 (H, W, 3) of a PIL image of any mode, or of an array (H, W, 3) or (H, W) uint8.
 
+    A PIL image with an EXIF orientation is turned as a viewer displays it.  Arrays stay as they are, such as the photos
+    of datasets, which `read_image` reads.
     Raises UserError for anything else, for an array of another shape or type, and for values that mean no picture.
     """
     if isinstance(image, np.ndarray):
@@ -78,7 +80,7 @@ def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
         raise UserError(f"an image is a PIL image or a uint8 array, not a {type(image).__name__}; open a file by "
                         "PIL.Image.open, or convert it to an array first")
     try:
-        return _rgb(image)
+        return turned(_rgb(image), orientation(image))
     except ValueError as error:
         raise UserError(f"{error}; convert the image first") from None
 
