@@ -2,10 +2,14 @@
 import json
 from types import SimpleNamespace
 
+import pytest
 import torch
 from script_runs import DATA, chain, checkpoint, finish, interrupt, read_json, run, start
 
 from data.make_toy import make_toy
+from src.training.resume import resumed
+from utils.checkpoint import save_checkpoint
+from utils.errors import UserError
 
 COMMAND = ("run_train.py", "--stage", 1, "--backbone", "resnet18", "--pretrained", "none", "--crop_size", 65,
            "--scales", 1, "--epochs", 3, "--batch_size", 2, "--cutmix", 0.5, "--workers", 1, "--device", "cpu",
@@ -93,3 +97,10 @@ def test_resume_without_a_checkpoint_is_refused_and_leaves_nothing(interrupted):
     error = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and error.startswith("Error: ") and "Traceback" not in done.stderr, done.stderr
     assert f"there is no {RUN}/checkpoint.pth.tar to go on from; leave --resume out" in error, error
+
+
+def test_a_model_best_under_the_name_of_a_training_state_is_refused_with_what_it_lacks(tmp_path):
+    path = tmp_path / "checkpoint.pth.tar"
+    save_checkpoint(path, {"step": "stage1", "options": {}, "epoch": 1, "networks": {"classifier": {}}})
+    with pytest.raises(UserError, match=f"checkpoint {path} has no valid optimizer, step_in_epoch, sums, best; it is"):
+        resumed(path, "stage1", {})
