@@ -23,7 +23,7 @@ from src.seeds.cam import Plan, Seed
 from src.split_map import map_split, through_workers
 from src.training.head import fit_head
 from src.training.loop import MicroBatch, Task, check_finite, train
-from src.training.resume import check_same_data, data_state, resumed
+from src.training.resume import check_same_data, data_hash, files_hash, resumed
 from utils import distributed
 from utils.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
 from utils.config import BackboneConfig, Config, Machine, MapConfig, TrainConfig, WalkConfig
@@ -224,7 +224,8 @@ def _fit_head(network: Network, features: Features, contents: Callable[[], dict[
         record = {"step": "stage1", "options": dict(options)}
         write_json(out / "options.json", {**record, **environment(features.machine.device)})
         (out / NEWEST).unlink(missing_ok=True)  # of an earlier training, which must not be resumed here
-        save_checkpoint(path, {**record, "epoch": 0, **data_state(dataset), **contents()})
+        save_checkpoint(path, {**record, "epoch": 0, "data": data_hash(dataset), "files": files_hash(dataset),
+                               **contents()})
     distributed.barrier()
     return path
 

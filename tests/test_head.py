@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from script_runs import chain, copy, finish, run, start
+from script_runs import DATA, chain, copy, finish, run, start
 
 from data.make_toy import make_toy
 from models.backbone import build_backbone
@@ -180,12 +180,16 @@ def test_a_mixture_that_was_stopped_before_its_fit_is_fitted_when_it_goes_on(sto
 @pytest.mark.parametrize("case, words", [
     ("seed", r"--resume: head_mixture/model_best\.pth\.tar was made with other options \(seed was 0, is 1\)"),
     ("labels", r"--resume: head_mixture/model_best\.pth\.tar was made from other images or labels than those in data"),
+    ("photo", r"--resume: head_mixture/model_best\.pth\.tar was made from other images or labels than those in data"),
     ("nothing", r"--resume: there is no head_mixture/model_best\.pth\.tar to go on from; leave --resume out")])
 def test_a_mixture_does_not_go_on_with_another_run(stopped, case, words):
     folder, _ = stopped
     best = folder / "head_mixture/model_best.pth.tar"
     if case == "labels":
         save_checkpoint(best, {**load_checkpoint(best), "data": "0" * 16})
+    if case == "photo":
+        photo = next((folder / DATA / "images").glob("*_1.jpg"))
+        photo.write_bytes(photo.read_bytes() + b"more")
     if case == "nothing":
         best.unlink()
     said = refusal(folder, *MIXTURE, "--resume", *(("--seed", 1) if case == "seed" else ()))

@@ -219,7 +219,8 @@ def test_an_archive_of_incomplete_masks_is_refused_and_not_written(voc_run, serv
     path.unlink()
     if fault != "missing":
         Image.fromarray(np.full((50, 74) if fault == "ignored pixels" else (9, 9), 255, np.uint8)).save(path)
-    words = {"missing": "lacks 1 of the 2 masks of split test, such as 2007_000013", "ignored pixels": "the value 255",
+    words = {"missing": "lacks 1 of the 2 masks of split test, such as 2007_000013",
+             "ignored pixels": r"holds pixels of no class \(255\)",
              "another size": "is 9x9 but its image is 74x50"}[fault]
     with pytest.raises(UserError, match=words):
         write_submission(str(tmp_path / "out.tgz"), masks, opened("voc", voc_run.root, "test"))

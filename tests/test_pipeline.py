@@ -500,9 +500,11 @@ import numpy, torch
 from PIL import Image
 torch.set_num_threads(1)
 photo = Image.open({str(home.photo)!r})
-pipeline = torch.hub.load({str(ROOT)!r}, "wsss", {str(home.common)!r}, source="local", bg_alpha=0.3, walk_steps=16)
+pipeline = torch.hub.load({str(ROOT)!r}, "wsss", {str(home.common)!r}, source="local", bg_alpha=0.3,
+                          walk_steps=16, precision="fp32")
 numpy.save("wsss.npy", pipeline.mask(photo, crf="irn"))
-network = torch.hub.load({str(ROOT)!r}, "deeplab", {str(home.deeplab)!r}, source="local", device="cpu")
+network = torch.hub.load({str(ROOT)!r}, "deeplab", {str(home.deeplab)!r}, source="local", device="cpu",
+                         precision="fp32")
 numpy.save("deeplab.npy", network.mask(photo))
 """)
     photo = Image.open(home.photo)

@@ -224,7 +224,8 @@ def test_a_split_without_ground_truth_gets_a_gallery_without_scores(scored, tmp_
 def test_a_gallery_of_a_larger_split_is_a_sample_that_says_so(scored, tmp_path, monkeypatch):
     monkeypatch.setattr(gallery, "LARGEST", 2)
     masks = scored.dataset.root / "masks"
-    with pytest.raises(UserError, match="holds the value 255"):  # ground truth is no mask; nothing is left behind
+    # Ground truth is no mask; nothing is left behind.
+    with pytest.raises(UserError, match=r"holds pixels of no class \(255\)"):
         evaluate_masks(scored.dataset, masks, tmp_path / "bad", record_of(mask_dir="masks"))
     for index, image_id in enumerate(IDS):
         save_mask(tmp_path / "masks" / f"{image_id}.png", np.zeros(scored.dataset.size(index), np.uint8))

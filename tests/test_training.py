@@ -76,10 +76,6 @@ class Noise:
         self.images = rng.integers(0, 256, (COUNT, 20, 24, 3), dtype=np.uint8)
         self.labels = np.eye(2, dtype=np.uint8)[rng.integers(0, 2, COUNT)]
         self.ids = [f"noise_{index}" for index in range(COUNT)]
-        self.bytes = [100 + index for index in range(COUNT)]
-
-    def file_sizes(self):
-        return self.bytes
 
     def __len__(self):
         return COUNT
@@ -638,7 +634,6 @@ def test_resuming_with_more_images_is_refused(tmp_path, whole):
     (dict(classes=["x", "z"]), "was made with the classes x, y, ..., and noise has x, z"),
     (dict(ids=[f"other_{index}" for index in range(COUNT)]), "was made from other images or labels"),
     (dict(labels=np.ones((COUNT, 2), np.uint8)), "was made from other images or labels"),
-    (dict(bytes=[100] * COUNT), "was made from other images or labels"),
 ])
 def test_other_data_of_as_many_images_is_refused_on_resume(tmp_path, whole, change, said):
     save_checkpoint(tmp_path / "checkpoint.pth.tar", load_checkpoint(whole[0] / "checkpoint.pth.tar"))

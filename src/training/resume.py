@@ -47,15 +47,18 @@ def state_of(run: Run, log_size: int) -> dict[str, object]:
     return {"optimizer": run.optimiser.state_dict(), "step_in_epoch": run.step,
             "steps_per_epoch": run.steps_per_epoch, "sums": run.sums, "best": run.best, "failures": run.failures,
             "processes": distributed.world(), "log_size": log_size, "generators": generators(),
-            **data_state(run.task.samples.dataset), "targets": run.task.targets}
+            "data": data_hash(run.task.samples.dataset), "targets": run.task.targets}
 
 
-def data_state(dataset: Dataset) -> dict[str, str]:
-    """What a run learns from, 16 hex digits each: "data", the images' ids and labels in their order; "images", the
-    bytes that their files have.  A copy of them elsewhere is the same."""
+def data_hash(dataset: Dataset) -> str:
+    """16 hex digits of the ids and labels of the images that a run learns from, in their order."""
     labels = b"" if dataset.labels is None else dataset.labels.tobytes()
-    return {"data": short_hash("\0".join(dataset.ids).encode(), labels),
-            "images": short_hash(str(dataset.file_sizes()).encode())}
+    return short_hash("\0".join(dataset.ids).encode(), labels)
+
+
+def files_hash(dataset: Dataset) -> str:
+    """16 hex digits of the bytes that the files of the images have, which a copy of them elsewhere has too."""
+    return short_hash(str(dataset.file_sizes()).encode())
 
 
 def restore(run: Run, path: Path) -> int:
@@ -112,7 +115,8 @@ def check_same_data(payload: Mapping[str, object], path: Path, dataset: Dataset)
         raise UserError(f"--resume: {path} was made with the classes {', '.join(payload['classes'][:4])}, ..., and "
                         f"{dataset.root} has {', '.join(dataset.classes[:4])}, ...; pass the same data, or leave "
                         "--resume out to start anew")
-    if any(payload.get(name) not in (None, value) for name, value in data_state(dataset).items()):
+    if payload.get("data") not in (None, data_hash(dataset)) \
+            or "files" in payload and payload["files"] != files_hash(dataset):
         raise UserError(f"--resume: {path} was made from other images or labels than those in {dataset.root}; pass the "
                         "same ones, or leave --resume out to start anew")
 

@@ -128,22 +128,21 @@ class Dataset:
         classes = json.dumps(self.classes).encode() if labels else b""
         stamps = []
         for index in range(len(self)):
-            status, row = self._status(index), self.label(index) if labels else None
-            name = self.image_path(index).name
-            stamps.append(short_hash(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(),
+            path = self.image_path(index)
+            try:
+                # One look for each file: on Linux faster than os.scandir, whose entries lack sizes and times.
+                status = os.stat(path)
+            except FileNotFoundError:
+                raise missing_image(path) from None
+            row = self.label(index) if labels else None
+            stamps.append(short_hash(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(),
                                      b"" if row is None else row.tobytes(), classes))
         return stamps
 
     def file_sizes(self) -> list[int]:
-        """The bytes of each image's file; UserError if one is missing."""
-        return [self._status(index).st_size for index in range(len(self))]
-
-    def _status(self, index: int) -> os.stat_result:
-        # One look for each file: on Linux faster than os.scandir, whose entries lack sizes and times.
-        try:
-            return os.stat(self.image_path(index))
-        except FileNotFoundError:
-            raise missing_image(self.image_path(index)) from None
+        """The bytes of each image's file; -1 for an image without one."""
+        paths = map(self.image_path, range(len(self)))
+        return [path.stat().st_size if path.exists() else -1 for path in paths]
 
     def truth_stamp(self) -> str | None:
         """16 hex digits that change when the ground truth of the split does (its files, ids, labels, classes); None if
