@@ -52,8 +52,8 @@ BENCHMARKS = {
         "A training step of DeepLabV1-ResNet38 at its published size, against a plain float32 loop",
         "on two CPU cores 1.5 times in bf16", ("--stages", "deeplab", "--variants", "plain", "fp32", "bf16")),
     "depthwise": Benchmark(
-        "A training step of DeepLabV1 on EfficientNet-Lite2, batch 8 at 256, against PyTorch's gradients of depthwise "
-        "convolutions", "1.5 times in bf16"),
+        "A training step of DeepLabV1 on EfficientNet-Lite2, against PyTorch's gradients of depthwise convolutions",
+        "1.5 times in bf16"),
     "loader": Benchmark("Reading and varying training images, and the memory of 82,081 items in a worker",
                         "not the limit of a training"),
     "device": Benchmark("Inference on a GPU, against its rates of matrix products and of copying",
