@@ -8,8 +8,10 @@ from functools import cache
 import torch
 from timm.layers import Conv2dSame, pad_same
 from torch import nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
+
+Pair = tuple[int, int]
 
 
 def speed_up(network: nn.Module) -> None:
@@ -55,23 +57,24 @@ class _Convolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
+    def forward(ctx: FunctionCtx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Pair,
+                padding: Pair, dilation: Pair, groups: int) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry = stride, padding, dilation, groups
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x, weight), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.geometry
         for_x, for_weight, for_bias, *_ = ctx.needs_input_grad
         margins = [step * (side - 1) - edge for step, side, edge in zip(dilation, weight.shape[2:], padding)]
         turned, grads = for_x and max(stride) == 1 and min(margins) >= 0, [None] * 3
-        if for_weight or for_bias or (for_x and not turned):
+        asked = (for_x and not turned, for_weight, for_bias)
+        if any(asked):
             wide = [part.float().contiguous(memory_format=torch.channels_last) for part in (grad, x)]
             found = torch.ops.aten.convolution_backward(
-                *wide, weight.float(), weight.shape[:1], stride, padding, dilation, False, (0, 0), groups,
-                (for_x and not turned, for_weight, for_bias))
+                *wide, weight.float(), weight.shape[:1], stride, padding, dilation, False, (0, 0), groups, asked)
             grads = [None if part is None else part.to(x.dtype) for part in found]
         if turned:
             kernel = weight.flip(2, 3).unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)

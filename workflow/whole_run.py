@@ -26,7 +26,7 @@ from utils.files import check_record, file_stamp, read_record, short_hash, write
 from utils.log import duration
 from utils.options import RESUME_FREE
 from utils.runtime import run_main
-from utils.store import BEST, NEWEST, check_data, load_manifest
+from utils.store import BEST, MANIFEST, NEWEST, check_data, load_manifest
 from workflow.plan import Command, Plan, make_plan
 from workflow.steps import STEPS
 
@@ -139,7 +139,7 @@ class _Record:
         """Whether a step is done with the same flags, from the same data, and its results are there."""
         return (self._same(command, sources) and self.steps[str(command.step)]["state"] == "done"
                 and all(path.is_file() for path in command.results)
-                and all(_unchanged(path) for path in command.results if path.name == "manifest.json"))
+                and all(_unchanged(path) for path in command.results if path.name == MANIFEST))
 
     def _same(self, command: Command, sources: Sources) -> bool:
         entry = self.steps.get(str(command.step), {})  # an older record names fewer sources
@@ -195,7 +195,7 @@ def _flags(command: Command) -> dict[str, object]:
 
 def _masks(command: Command) -> str | None:
     """A hash of what the masks that DeepLab learns from were made of; None for other steps."""
-    path = Path(command.options.get("mask_dir") or "") / "manifest.json"
+    path = Path(command.options.get("mask_dir") or "") / MANIFEST
     if command.step != 5 or not path.is_file():
         return None
     manifest = load_manifest(path.parent, f"delete {path.parent} and run step 3 again")
